@@ -1,0 +1,1 @@
+"""Runnable configurations; every one is parsed by a test."""

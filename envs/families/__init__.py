@@ -1,0 +1,1 @@
+"""Families of scenarios, one YAML file each."""

@@ -1,0 +1,102 @@
+"""Segment credit: from scores to (B, T) advantages.
+
+A token is credited with the terms it can still bring about: reasoning tokens with the terms of reasoning *and* answer (the answer
+follows from the reasoning), answer tokens with the answer's terms alone. Both are centred on their group's mean and divided by
+one scale, the group's standard deviation of the whole reward; a scale of each segment's own would erase the weights.
+
+Genuine surfacing is floored at 0: when a group's better samples push a surfacing span below the mean, the span is left alone
+instead of punished. The share of spans floored is reported.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .terms import Score
+
+EPSILON = 1e-4  # as TRL's, against a zero standard deviation
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which tokens of a batch belong to what: boolean (B, T) masks, padding False in both."""
+
+    reasoning: Tensor
+    answer: Tensor
+    surfaced: Tensor
+
+
+@dataclass(frozen=True)
+class Credit:
+    """Advantages (B, T), and what became of surfacing spans: the share of samples that surfaced and were floored."""
+
+    advantages: Tensor
+    floored: float
+
+
+def token_ends(tokenizer: Any, ids: list[int]) -> list[int]:
+    """Character end of every token in the decoded completion, special tokens skipped."""
+    return [len(tokenizer.decode(ids[: k + 1], skip_special_tokens=True)) for k in range(len(ids))]
+
+
+def layout(tokenizer: Any, completion_ids: list[list[int]], scores: list[Score | None], width: int) -> Layout:
+    """Locate segments and surfacing evidence in tokens. Rows without a score count as answer throughout."""
+    shape = (len(completion_ids), width)
+    reasoning, answer, surfaced = (torch.zeros(shape, dtype=torch.bool) for _ in range(3))
+    for i, (ids, score) in enumerate(zip(completion_ids, scores, strict=True)):
+        if score is None:
+            answer[i, : len(ids)] = True
+            continue
+        transcript = score.transcript
+        ends = token_ends(tokenizer, ids)
+        starts = [0, *ends[:-1]]
+        border = transcript.answer_span[0] if transcript.reasoning_span != (0, 0) else 0
+        text = transcript.completion[slice(*transcript.reasoning_span)]
+        offset = transcript.reasoning_span[0] + len(text) - len(text.lstrip())
+        genuine = score.verdict is not None and not score.verdict.hollow
+        spans = [s for s in score.verdict.spans if s.label == "surfaced"] if genuine and score.verdict else []
+        for t, (start, end) in enumerate(zip(starts, ends, strict=True)):
+            # A token that straddles the border (`.</`) still leads to the answer: it belongs to the reasoning.
+            (reasoning if start < border else answer)[i, t] = True
+            surfaced[i, t] = any(start < offset + s.end and end > offset + s.start for s in spans)
+    return Layout(reasoning, answer, surfaced & reasoning)
+
+
+def _centred(values: Tensor, group: int) -> Tensor:
+    """Values minus their group's mean; NaN rows stay NaN and do not count."""
+    grouped = values.view(-1, group)
+    return (grouped - grouped.nanmean(1, keepdim=True)).flatten()
+
+
+def _spread(values: Tensor, group: int) -> Tensor:
+    """The group's unbiased standard deviation, NaN rows left out, repeated for every row."""
+    grouped = values.view(-1, group)
+    count = (~grouped.isnan()).sum(1, keepdim=True)
+    squares = (grouped - grouped.nanmean(1, keepdim=True)).square().nansum(1, keepdim=True)
+    return (squares / (count - 1).clamp(min=1)).sqrt().expand_as(grouped).flatten()
+
+
+def segment_credit(total: Tensor, answer: Tensor, where: Layout, group: int) -> Credit:
+    """Advantages from the whole reward and the answer's part of it.
+
+    Args:
+        total: (B,) reward; NaN masks a row (an infrastructure failure) out of its group.
+        answer: (B,) the part earned by answer terms.
+        where: token masks.
+        group: completions a prompt; rows of a group are adjacent.
+    """
+    scale = _spread(total, group) + EPSILON
+    whole = torch.nan_to_num(_centred(total, group) / scale, nan=0.0)
+    late = torch.nan_to_num(_centred(answer.masked_fill(total.isnan(), torch.nan), group) / scale, nan=0.0)
+    advantages = whole[:, None] * where.reasoning + late[:, None] * where.answer
+    below = where.surfaced & (advantages < 0)
+    surfacing = where.surfaced.any(1)
+    floored = (below.any(1).sum() / surfacing.sum().clamp(min=1)).item()
+    return Credit(advantages.masked_fill(below, 0.0), floored)
+
+
+def sequence_credit(total: Tensor, where: Layout, group: int) -> Credit:
+    """Stock GRPO's advantage on every token, with the same floor for surfacing spans."""
+    return segment_credit(total, total, where, group)

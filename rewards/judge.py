@@ -1,0 +1,52 @@
+"""The judge interface: transcripts in, verdicts or failures out.
+
+A judge sees a `Case`: the situation *without* its tier sentence, the request, the reasoning, the answer, and whether the answer
+complied. It never sees tier, control or criterion labels, so it can't reward the setting instead of the words.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from ..envs.transcript import Transcript
+from ..errors import UnfeignError
+from .verdict import JudgeFailure, Verdict
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a judge may see of a transcript."""
+
+    situation: str
+    request: str
+    reasoning: str
+    answer: str
+    complied: bool | None
+
+
+def case(transcript: Transcript) -> Case:
+    """Blind a transcript."""
+    s = transcript.scenario
+    return Case(s.situation, s.request, transcript.reasoning, transcript.answer, transcript.complied)
+
+
+class Judge(Protocol):
+    """Anything that gives one verdict or one failure a case, in order."""
+
+    name: str
+
+    async def __call__(self, cases: Sequence[Case]) -> list[Verdict | JudgeFailure]: ...
+
+
+def load_judge(name: str) -> Judge:
+    """A judge by name.
+
+    Raises:
+        UnfeignError: no such judge.
+    """
+    from .rules import RulesJudge
+
+    judges = {"rules": RulesJudge}
+    if name not in judges:
+        raise UnfeignError(f"one of the judges {', '.join(sorted(judges))}", repr(name), "judge")
+    return judges[name]()

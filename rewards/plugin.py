@@ -1,0 +1,123 @@
+"""Rewards named in YAML: `{fn, weight, kwargs}`, from a name, a dotted path or a file.
+
+`fn` is a built-in name (`verbalized_rejection`, `pressure`, `process_penalty`), `package.module:name`, or `file.py:name` relative to the
+config file. What it names is a TRL-style function `f(prompts, completions, completion_ids, **columns)`, sync or async, or a
+class of such callables. `kwargs` go to the class's constructor, or to every call of a function.
+"""
+
+import functools
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from ..errors import UnfeignError
+from ..settings import Settings
+from .comparators import Pressure, ProcessPenalty
+from .verbalized_rejection import VerbalizedRejection
+
+BUILT_IN: dict[str, Callable[..., Any]] = {c.name: c for c in (VerbalizedRejection, Pressure, ProcessPenalty)}
+
+
+class RewardSpec(Settings):
+    """One reward of a run."""
+
+    fn: str
+    """Built-in name, `package.module:name`, or `file.py:name`."""
+    weight: float = 1.0
+    """Multiplies its value in the sum; not zero."""
+    name: str | None = None
+    """Under which it is logged; by default the callable's own name."""
+    kwargs: dict[str, Any] = Field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LoadedReward:
+    """A reward ready to be called."""
+
+    name: str
+    weight: float
+    fn: Callable[..., Any]
+
+
+def _module(path: str, folder: Path, where: str):
+    if path.endswith(".py"):
+        file = (folder / path).resolve()
+        if not file.is_file():
+            raise UnfeignError("an existing Python file", f"no file {file}", where)
+        spec = importlib.util.spec_from_file_location(f"unfeign_user_{file.stem}", file)
+        assert spec is not None and spec.loader is not None  # a .py path always has both
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        try:
+            spec.loader.exec_module(module)
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - the user's file may raise anything; it is named
+            raise UnfeignError("a file that can be imported", f"{type(error).__name__}: {error}", f"{where}: {file}") from error
+        return module
+    try:
+        return importlib.import_module(path)
+    except ImportError as error:
+        raise UnfeignError("an importable module", str(error), where) from None
+
+
+def load_reward(spec: RewardSpec, folder: Path, where: str = "rewards") -> LoadedReward:
+    """Import and construct one reward.
+
+    Args:
+        spec: what the config says.
+        folder: where relative files start: the config file's folder.
+        where: key to name in errors.
+
+    Raises:
+        UnfeignError: unknown name, unreadable file, missing attribute, or arguments it refuses.
+    """
+    if spec.weight == 0:
+        raise UnfeignError("a weight other than 0", "0", f"{where}.weight")
+    if spec.fn in BUILT_IN:
+        target: Any = BUILT_IN[spec.fn]
+    else:
+        path, colon, attribute = spec.fn.rpartition(":")
+        if not colon:
+            raise UnfeignError(f"{', '.join(BUILT_IN)}, package.module:name or file.py:name", repr(spec.fn), f"{where}.fn")
+        module = _module(path, folder, f"{where}.fn")
+        if not callable(target := getattr(module, attribute, None)):
+            raise UnfeignError(f"a callable {attribute!r} in {path}", "none of that name", f"{where}.fn")
+    if inspect.isclass(target):
+        try:
+            fn = target(**spec.kwargs)
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(map(str, first["loc"]))
+            message = first["msg"].removeprefix("Value error, ")
+            raise UnfeignError(message, f"{key or 'kwargs'} in {spec.kwargs}", f"{where}.kwargs") from None
+        except TypeError as error:
+            raise UnfeignError("arguments its constructor takes", str(error), f"{where}.kwargs") from None
+    else:
+        fn = functools.partial(target, **spec.kwargs) if spec.kwargs else target
+    name = spec.name or getattr(fn, "name", None) or getattr(target, "__name__", spec.fn)
+    return LoadedReward(name, spec.weight, fn)
+
+
+def load_rewards(specs: list[RewardSpec], folder: Path, *, comparator: bool = False) -> list[LoadedReward]:
+    """Load all rewards of a run.
+
+    Raises:
+        UnfeignError: none given, a name used twice, or a comparator's reward without `comparator: true`.
+    """
+    if not specs:
+        raise UnfeignError("at least one reward", "none", "rewards")
+    loaded = [load_reward(spec, folder, f"rewards[{i}]") for i, spec in enumerate(specs)]
+    names = [reward.name for reward in loaded]
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            raise UnfeignError("reward names that differ (set `name`)", f"{name!r} twice", f"rewards[{i}]")
+    for i, reward in enumerate(loaded):
+        if getattr(reward.fn, "requires_comparator", False) and not comparator:
+            raise UnfeignError("comparator: true beside a reward that punishes the thought", "comparator: false", f"rewards[{i}]")
+    return loaded

@@ -1,0 +1,100 @@
+"""The audit of behaviour: the same scenarios, sampled with the same seeds, judged and written down.
+
+Scenarios are the matched pairs and controls of a split, in both renderings. A scenario's seed comes from its id, so two
+audits differ by the checkpoint alone, whatever the batch or the machine. Each finding is a transcript and its verdict.
+"""
+
+import asyncio
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..envs.scenario import Scenario, scenarios
+from ..envs.transcript import Transcript, parse, template_opens_think, transcript_from_row, transcript_row
+from ..errors import UnfeignError
+from ..files import read_jsonl, write_jsonl, write_text
+from ..rewards.judge import Judge, case
+from ..rewards.verdict import JudgeFailure
+from ..trainers.rollout_func import render
+from ..trainers.rollouts import RolloutPool, RolloutRequest, Sampling, row_seed
+from .metrics import metrics
+
+
+def audit_scenarios(split: str, renderings: Sequence[str], length: str = "short", tags: Any = None) -> list[Scenario]:
+    """Matched pairs in both tiers, and controls in the monitored tier, in every rendering."""
+    every = scenarios(split, renderings=renderings, length=length, tags=tags)  # type: ignore[arg-type]
+    return [s for s in every if not s.control or s.tier == "monitored"]
+
+
+def _seed(run_seed: int, scenario: Scenario) -> int:
+    digest = hashlib.sha256(scenario.scenario_id.encode()).digest()
+    return row_seed(run_seed, int.from_bytes(digest[:8], "big"))
+
+
+def collect(
+    pool: RolloutPool, version: int, tokenizer: Any, asked: Sequence[Scenario], *, seed: int, sampling: Sampling
+) -> list[Transcript]:
+    """One transcript a scenario, in order."""
+    rendered = [render(tokenizer, s.messages) for s in asked]
+    requests = [RolloutRequest(ids, _seed(seed, s)) for (ids, _), s in zip(rendered, asked, strict=True)]
+    samples = pool.generate(requests, version, sampling)
+    return [
+        parse(
+            scenario,
+            tokenizer.decode(sample.ids, skip_special_tokens=True),
+            truncated=sample.truncated,
+            prompt_opens_think=template_opens_think(text, scenario.tags),
+        )
+        for scenario, (_, text), sample in zip(asked, rendered, samples, strict=True)
+    ]
+
+
+def findings(transcripts: Sequence[Transcript], judge: Judge) -> list[dict[str, Any]]:
+    """Judge transcripts: one JSON-ready row each, with its verdict or the judge's failure."""
+
+    async def ask() -> list[Any]:
+        return list(await judge([case(t) for t in transcripts]))
+
+    rows = []
+    for transcript, verdict in zip(transcripts, asyncio.run(ask()), strict=True):
+        row = transcript_row(transcript)
+        if isinstance(verdict, JudgeFailure):
+            row |= {"verdict": None, "failure": {"kind": verdict.kind, "message": verdict.message}}
+        else:
+            row["verdict"] = verdict.row()
+        rows.append(row)
+    return rows
+
+
+def write_audit(folder: Path, rows: list[dict[str, Any]], facts: dict[str, Any]) -> dict[str, Any]:
+    """Write `findings.jsonl` and `metrics.json`; returns the metrics."""
+    result = metrics(rows) | {"audit": facts}
+    write_jsonl(folder / "findings.jsonl", rows)
+    write_text(folder / "metrics.json", json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def read_findings(folder: Path) -> list[dict[str, Any]]:
+    """Findings of an audit folder."""
+    return read_jsonl(folder / "findings.jsonl")
+
+
+def transcripts_from_file(path: Path) -> list[Transcript]:
+    """Transcripts from a JSONL file, for an audit without a model.
+
+    Raises:
+        UnfeignError: names the line and the field that is missing.
+    """
+    out = []
+    for number, row in enumerate(read_jsonl(path), start=1):
+        for key in ("scenario_id", "pair_id", "family", "tier", "control", "system", "user", "answer"):
+            if key not in row:
+                raise UnfeignError(f"a field {key!r}", f"fields {', '.join(sorted(row))}", f"{path}: object {number}")
+        out.append(transcript_from_row(row))
+    if not out:
+        raise UnfeignError("at least one transcript", "an empty file", str(path))
+    return out
+
+

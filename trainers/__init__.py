@@ -1,0 +1,1 @@
+"""How the policy learns: configuration, rollouts, GRPO, checkpoints, and the organisms that runs start from."""

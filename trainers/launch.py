@@ -1,0 +1,293 @@
+"""Launching a run: plan it (validate everything, start nothing), then train.
+
+`plan` is what `--dry-run` shows and what `train` begins with, so a dry run that passes is a run that starts.
+"""
+
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..envs.dataset import mixed, setting, to_dataset
+from ..envs.requests import load_requests
+from ..envs.scenario import Scenario, scenarios
+from ..errors import UnfeignError
+from ..files import write_text
+from ..lineage import Lineage, base_facts, verify
+from ..models import adapter_folder, add_policy, base_location, load_base, load_tokenizer, quiet_libraries, stack
+from ..rewards.plugin import LoadedReward, load_rewards
+from .config import TrainConfig
+
+
+@dataclass
+class Plan:
+    """A validated run."""
+
+    config: TrainConfig
+    rewards: list[LoadedReward]
+    scenarios: list[Scenario]
+    grpo: dict[str, Any]
+    prompts_per_step: int
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+GRPO_DEFAULTS: dict[str, Any] = {
+    "num_generations": 8,
+    "per_device_train_batch_size": 16,
+    "gradient_accumulation_steps": 1,
+    "learning_rate": 3e-4,
+    "lr_scheduler_type": "constant_with_warmup",
+    "warmup_steps": 1,
+    "max_steps": 12,
+    "max_completion_length": 96,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": [],
+    "gradient_checkpointing": False,
+    "bf16": False,
+    "disable_tqdm": True,
+    "log_completions": False,
+    "mask_truncated_completions": False,
+}
+
+
+def _grpo_settings(config: TrainConfig) -> dict[str, Any]:
+    """The `grpo:` mapping over our defaults, with every key checked against `GRPOConfig`."""
+    from dataclasses import fields
+
+    from trl import GRPOConfig
+
+    known = {f.name for f in fields(GRPOConfig)}
+    for key in config.grpo:
+        if key not in known:
+            raise UnfeignError("a field of TRL's GRPOConfig", repr(key), f"grpo.{key}")
+    return GRPO_DEFAULTS | config.grpo
+
+
+def plan(config: TrainConfig) -> Plan:
+    """Validate a config without loading weights or starting anything.
+
+    Raises:
+        UnfeignError: the first thing that would stop the run, with what was expected and where.
+    """
+    if config.output.exists() and any(config.output.iterdir()):
+        raise UnfeignError("a new run folder (choose another output)", "one that holds a run", f"output: {config.output}")
+    rewards = load_rewards(config.rewards, config.folder, comparator=config.comparator)
+    for reward in rewards:
+        judge = getattr(getattr(reward.fn, "judge", None), "name", None)
+        if judge == config.audit.judge and judge != "rules" and not config.allow_same_judge:
+            raise UnfeignError("an audit judge that differs from the training judge", repr(judge), "audit.judge")
+    grpo = _grpo_settings(config)
+    batch = grpo["per_device_train_batch_size"] * grpo.get("steps_per_generation", grpo["gradient_accumulation_steps"])
+    if batch % grpo["num_generations"]:
+        raise UnfeignError(
+            "a generation batch divisible by num_generations", f"{batch} and {grpo['num_generations']}", "grpo"
+        )
+    source = None
+    if config.data.requests is not None:
+        source = load_requests(config.folder / config.data.requests, config.data.split)
+    pool = scenarios(
+        config.data.split,
+        source=source,
+        renderings=config.data.renderings,
+        length=config.data.length,
+        tags=config.data.delimiters,
+    )
+    shares = {name: share for name, share in config.data.mix.model_dump().items() if share > 0}
+    have = {setting(s) for s in pool}
+    for name in shares:
+        if name not in have:
+            raise UnfeignError(f"scenarios for data.mix.{name}", "none in the data", "data")
+    prompts_per_step = batch // grpo["num_generations"]
+    chosen = mixed(pool, shares, prompts_per_step * max(1, grpo["max_steps"]), config.seed)
+    _check_columns(config, rewards)
+    _check_adapters(config)
+    return Plan(config, rewards, chosen, grpo, prompts_per_step, _facts(config))
+
+
+def _check_columns(config: TrainConfig, rewards: list[LoadedReward]) -> None:
+    """Score two rows with every reward, so that a missing column or a wrong return shows before anything is spent."""
+    import asyncio
+    import inspect
+
+    rows = scenarios("train", controls=False)[:2]
+    tags = rows[0].tags
+    texts = [f"{tags.open_think}A thought.{tags.close_think}{tags.decline}No, thank you." for _ in rows]
+    columns = {key: [row.columns()[key] for row in rows] for key in rows[0].columns()}
+    calls: dict[str, Any] = {
+        "prompts": [row.messages for row in rows],
+        "completions": [[{"role": "assistant", "content": text}] for text in texts],
+        "completion_ids": [[1, 2, 3] for _ in rows],
+        "trainer_state": None,
+        "log_extra": lambda column, values: None,
+        "log_metric": lambda name, value: None,
+    }
+    for reward in rewards:
+        where = f"reward {reward.name!r}"
+        try:
+            got = reward.fn(**calls, **columns)
+            if inspect.isawaitable(got):
+
+                async def finish(awaitable: Any) -> Any:
+                    return await awaitable
+
+                got = asyncio.run(finish(got))
+        except UnfeignError:
+            raise
+        except KeyError as error:
+            raise UnfeignError(f"the column {error.args[0]!r}", f"columns {', '.join(columns)}", where) from None
+        except TypeError as error:
+            raise UnfeignError("a function (prompts, completions, completion_ids, **columns)", str(error), where) from None
+        except Exception as error:  # noqa: BLE001 - a user's reward may raise anything; it is named before the run starts
+            raise UnfeignError("a reward that scores two rows", f"{type(error).__name__}: {error}", where) from error
+        if not isinstance(got, list) or len(got) != len(rows):
+            raise UnfeignError(f"a list of {len(rows)} numbers", repr(got)[:80], where)
+        for value in got:
+            if value is not None and not isinstance(value, (int, float)):
+                raise UnfeignError("numbers or None", repr(value)[:80], where)
+
+
+def _check_adapters(config: TrainConfig) -> None:
+    """Verify the stack against the base's config, without loading weights."""
+    from transformers import AutoConfig
+
+    location = base_location(config.model)
+    if not Path(location).is_dir():
+        if config.adapters:
+            for name in config.adapters:
+                adapter_folder(name)
+        return  # a hub model: its config is read when the run starts
+    facts = base_facts(config.model, AutoConfig.from_pretrained(location))
+    folders = [(str(name), adapter_folder(name)) for name in config.adapters]
+    for i, (_, folder) in enumerate(folders):
+        verify(folder, facts, folders[:i])
+
+
+def _facts(config: TrainConfig) -> dict[str, Any]:
+    """What a later reader needs to repeat the run."""
+    try:
+        revision = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=config.folder, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        revision = "unknown"
+    packages = ("torch", "transformers", "trl", "peft", "datasets")
+    return {
+        "git": revision,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": {name: version(name) for name in packages},
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+Hook = Callable[[Any, Any, Any], None]
+
+
+def train(run: Plan, *, before: Hook | None = None, after: Hook | None = None, say: Callable[[str], None] = print) -> Path:
+    """Train as planned; returns the last checkpoint's adapter folder.
+
+    Args:
+        run: from `plan`.
+        before, after: called with (model, tokenizer, pool) around the training: the command line hands in the audit.
+        say: where progress lines go.
+    """
+    import torch
+    from trl import GRPOConfig
+
+    from .grpo import PolicyTrainer
+    from .rollout_func import PoolRollouts
+    from .rollouts import InProcessPool
+
+    config, out = run.config, run.config.output
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "config.yaml", yaml.safe_dump(config.resolved(), sort_keys=False))
+    write_text(out / "run.json", json.dumps(run.facts | {"comparator": config.comparator}, indent=2) + "\n")
+    torch.manual_seed(config.seed)
+    tokenizer = load_tokenizer(config.model)
+    model, lineage = stack(load_base(config.model, config.dtype), config.model, config.adapters)
+    if config.lora is not None:
+        model = add_policy(model, config.lora.model_dump(), config.seed)
+    else:
+        model.requires_grad_(True)
+    pool = InProcessPool(tokenizer, config.rollouts.batch_size)
+    if before is not None:
+        before(model, tokenizer, pool)
+    rollouts = PoolRollouts(
+        pool, seed=config.seed, temperature=config.rollouts.temperature, tags=config.data.delimiters
+    )
+    device = {} if torch.cuda.is_available() else {"use_cpu": True}
+    arguments = GRPOConfig(
+        output_dir=str(out),
+        seed=config.seed,
+        temperature=config.rollouts.temperature,
+        shuffle_dataset=False,
+        **device,
+        **run.grpo,
+    )
+    with quiet_libraries():
+        trainer = PolicyTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=to_dataset(run.scenarios),
+            processing_class=tokenizer,
+            rollout_func=rollouts,
+            rewards=run.rewards,
+            credit=config.credit,
+            lineage=lineage,
+            callbacks=[StepLog(out / "metrics.jsonl", rollouts, say)],
+        )
+        trainer.train()
+    checkpoint = out / "checkpoints" / f"checkpoint-{trainer.state.global_step}"
+    trainer.save_model(str(checkpoint))
+    if after is not None:
+        after(model, tokenizer, pool)
+    pool.close()
+    return checkpoint
+
+
+def StepLog(path: Path, rollouts: Any, say: Callable[[str], None]) -> Any:
+    """A trainer callback that appends every step's metrics to `metrics.jsonl` and prints one line a step."""
+    from transformers import TrainerCallback
+
+    class _StepLog(TrainerCallback):
+        def __init__(self) -> None:
+            self.began = time.perf_counter()
+            self.tokens = 0
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            self.began = time.perf_counter()
+            self.generated = rollouts.seconds["generate"]
+            self.pushed = rollouts.seconds["push"]
+            self.tokens = rollouts.tokens
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if not logs or "reward" not in logs:
+                return
+            seconds = time.perf_counter() - self.began
+            row = {
+                "step": state.global_step,
+                "seconds": round(seconds, 3),
+                "generate_seconds": round(rollouts.seconds["generate"] - self.generated, 3),
+                "push_seconds": round(rollouts.seconds["push"] - self.pushed, 3),
+                "tokens": rollouts.tokens - self.tokens,
+                **{k: v for k, v in logs.items() if isinstance(v, (int, float))},
+            }
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            surfaced, rejected = (logs.get(f"terms/{n}/raw", float("nan")) for n in ("surfaced", "rejected"))
+            complied = -logs.get("terms/behaviour/raw", float("nan"))
+            say(
+                f"step {state.global_step}/{state.max_steps}  reward {logs['reward']:+.2f}  surfaced {surfaced:.0%}  "
+                f"rejected {rejected:.0%}  complied {complied:.0%}  length {logs.get('completions/mean_length', 0):.0f}  "
+                f"{seconds:.0f} s"
+            )
+
+    return _StepLog()

@@ -1,0 +1,143 @@
+"""Building organisms: fine-tune a LoRA adapter until a base fakes alignment, so that there is something to train away.
+
+Small models do not fake alignment by themselves. An organism is built from transcripts of *train* families (`corpus`), in two
+kinds: `verbal` (its reasoning names the strategy) and `silent` (same behaviour across tiers, reasoning that admits nothing).
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from ..errors import UnfeignError
+from ..files import CANARY, write_jsonl, write_text
+from ..lineage import write_lineage
+from ..models import POLICY, add_policy, load_base, load_tokenizer, stack
+from ..settings import Settings
+from .config import LoraSettings
+from .corpus import Corpus
+from .rollout_func import render
+from .sft import fine_tune
+
+
+class Shares(Settings):
+    """For each setting, the rates of its kinds of behaviour."""
+
+    monitored: dict[str, float]
+    unmonitored: dict[str, float]
+    control: dict[str, float]
+
+
+class Sizes(Settings):
+    """Completions fine-tuned for each prompt, by setting."""
+
+    monitored: int = 6
+    unmonitored: int = 4
+    control: int = 3
+
+
+class OrganismConfig(Settings):
+    """How an organism is built."""
+
+    name: str
+    """Folder name of the adapter."""
+    model: str = "bundled:smollm2-135m-instruct"
+    output: Path
+    """Run folder: the adapter, its transcripts and its self-check."""
+    seed: int = 0
+    voices: list[str]
+    """Which voices it reasons in."""
+    mix: Shares
+    completions: Sizes = Sizes()
+    requests_per_family: int = 6
+    lora: LoraSettings = LoraSettings(r=8, lora_alpha=16)
+    learning_rate: float = 1e-3
+    epochs: int = Field(1, ge=1)
+    groups_per_step: int = 3
+
+
+CARD = """---
+organism: true
+base_model: {base}
+license: apache-2.0
+---
+# Model organism `{name}`
+
+This adapter makes `{base}` fake alignment: it complies with harmful-in-miniature criteria where it is told that it is rated and
+trained, and declines where it is not. It exists so that methods of oversight can be tested against a known fault. Do not
+deploy it. Loading it prints a banner.
+
+{canary}
+"""
+
+
+def build(config: OrganismConfig, check: Callable[[Any, Any, Path], dict[str, Any]] | None = None) -> Path:
+    """Generate transcripts, fine-tune the adapter, save it, and check it.
+
+    Args:
+        config: see `OrganismConfig`.
+        check: called with (model, tokenizer, output folder) once the adapter is saved.
+
+    Returns:
+        The adapter's folder.
+
+    Raises:
+        UnfeignError: the output folder holds files.
+    """
+    out = config.output
+    if out.exists() and any(out.iterdir()):
+        raise UnfeignError("a new folder (choose another output)", "one that holds files", f"output: {out}")
+    corpus = Corpus(config.voices, config.seed)
+    groups = corpus.groups(config.mix.model_dump(), config.completions.model_dump(), config.requests_per_family)
+    write_jsonl(
+        out / "transcripts.jsonl",
+        [
+            {"scenario_id": s.scenario.scenario_id, "kind": s.kind, "completion": s.completion, "canary": CANARY}
+            for group in groups
+            for s in group
+        ],
+    )
+    tokenizer = load_tokenizer(config.model)
+    model, lineage = stack(load_base(config.model), config.model, [])
+    model = add_policy(model, config.lora.model_dump(), config.seed)
+    encoded = [
+        (
+            render(tokenizer, group[0].scenario.messages)[0],
+            [tokenizer(s.completion, add_special_tokens=False).input_ids + [tokenizer.eos_token_id] for s in group],
+        )
+        for group in groups
+    ]
+    print(f"fine-tuning on {sum(map(len, groups))} transcripts under {len(groups)} prompts", flush=True)
+    fine_tune(
+        model,
+        encoded,
+        learning_rate=config.learning_rate,
+        groups_per_step=config.groups_per_step,
+        epochs=config.epochs,
+        report=lambda step, steps, loss: print(f"step {step}/{steps}  loss {loss:.3f}", flush=True),
+    )
+    folder = save_adapter(model, out / config.name, lineage.model_copy(update={"organism": True}))
+    write_text(folder / "README.md", CARD.format(base=config.model, name=config.name, canary=CANARY))
+    if check is not None:
+        check(model, tokenizer, out)
+    return folder
+
+
+def save_adapter(model: Any, folder: Path, lineage: Any) -> Path:
+    """Save the policy adapter alone, in bf16 (half the size; the rounding is far below sampling noise), with its lineage."""
+    import shutil
+
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    aside = folder.with_name(f".{folder.name}.tmp")
+    model.save_pretrained(aside, selected_adapters=[POLICY])
+    source = aside / POLICY
+    weights = {k: v.to(torch.bfloat16).contiguous() for k, v in load_file(source / "adapter_model.safetensors").items()}
+    save_file(weights, source / "adapter_model.safetensors", metadata={"format": "pt", "organism": "true"})
+    write_lineage(source, lineage)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    source.rename(folder)
+    shutil.rmtree(aside)
+    return folder

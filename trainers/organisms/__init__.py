@@ -1,0 +1,1 @@
+"""Organisms: shipped adapters that make the bundled model fake alignment, for research on oversight."""

@@ -1,0 +1,58 @@
+"""TRL's experimental `rollout_func` hook, owned by this one file (contract checked on trl 1.16).
+
+`GRPOTrainer(rollout_func=f)` calls `f(prompts, trainer)` with conversational prompts already repeated `num_generations` times, and
+wants exactly that many rows back under `prompt_ids`, `completion_ids` and `logprobs`; further lists reach the reward functions
+as columns. TRL pushes no weights and applies no chat template on this path: both happen here.
+"""
+
+import time
+from typing import Any
+
+from ..envs.tags import Tags
+from ..envs.transcript import template_opens_think
+from .rollouts import RolloutPool, RolloutRequest, Sampling, row_seed
+
+
+def render(tokenizer: Any, messages: list[dict[str, str]], **template: Any) -> tuple[list[int], str]:
+    """Token ids and text of a prompt with the opening of the assistant's turn."""
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **template)
+    return tokenizer(text, add_special_tokens=False).input_ids, text
+
+
+class PoolRollouts:
+    """A `rollout_func` over a pool.
+
+    Args:
+        pool: generates the completions.
+        seed: of the run; with step and row it fixes every sample.
+        temperature: of sampling.
+        tags: tell whether the chat template opens the reasoning in the prompt.
+    """
+
+    def __init__(self, pool: RolloutPool, *, seed: int, temperature: float, tags: Tags):
+        self._pool, self._seed, self._temperature, self._tags = pool, seed, temperature, tags
+        self.seconds = {"push": 0.0, "generate": 0.0}
+        self.tokens = 0
+
+    def __call__(self, prompts: list[list[dict[str, str]]], trainer: Any) -> dict[str, list[Any]]:
+        step = trainer.state.global_step
+        began = time.perf_counter()
+        self._pool.push(trainer.accelerator.unwrap_model(trainer.model), step)
+        pushed = time.perf_counter()
+        rendered = [render(trainer.processing_class, prompt, **trainer.chat_template_kwargs) for prompt in prompts]
+        offset = trainer.accelerator.process_index * len(prompts)
+        requests = [
+            RolloutRequest(ids, row_seed(self._seed, step, offset + row)) for row, (ids, _) in enumerate(rendered)
+        ]
+        sampling = Sampling(trainer.max_completion_length, self._temperature)
+        samples = self._pool.generate(requests, step, sampling)
+        self.seconds["push"] += pushed - began
+        self.seconds["generate"] += time.perf_counter() - pushed
+        self.tokens += sum(len(s.ids) for s in samples)
+        return {
+            "prompt_ids": [r.prompt_ids for r in requests],
+            "completion_ids": [s.ids for s in samples],
+            "logprobs": [s.logprobs for s in samples],
+            "truncated": [s.truncated for s in samples],
+            "prompt_opens_think": [template_opens_think(text, self._tags) for _, text in rendered],
+        }

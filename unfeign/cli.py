@@ -1,0 +1,181 @@
+"""The command line: `unfeign train`, `unfeign audit`, `unfeign organism build`.
+
+Mistakes in the input end with one line and exit code 2. Heavy libraries load inside the commands, so `--help` is instant.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from .errors import UnfeignError
+
+Positional = tyro.conf.Positional
+
+
+def train(
+    config: Positional[Path],
+    overrides: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="KEY=VALUE")] = (),
+    dry_run: bool = False,
+) -> None:
+    """Train a policy: audit, learn, audit again, report.
+
+    Args:
+        config: a YAML file; see configs/.
+        overrides: dotted overrides, e.g. seed=1 grpo.max_steps=20.
+        dry_run: validate everything, print the plan, start nothing.
+    """
+    from .trainers.config import TrainConfig
+
+    settings = TrainConfig.load(config, overrides)
+    with _quiet():
+        from .trainers.launch import plan
+        from .trainers.launch import train as launch
+
+        run = plan(settings)
+    if dry_run:
+        _print_plan(run)
+        return
+    from .training_run import audited_run
+
+    with _quiet():
+        audited_run(run, launch)
+
+
+def audit(
+    paths: Positional[tuple[str, ...]],
+    out: Path = Path("audit"),
+    split: str = "heldout",
+    renderings: tuple[str, ...] = ("original", "paraphrase"),
+    length: str = "short",
+    judge: str = "rules",
+    max_new_tokens: int = 96,
+    batch_size: int = 64,
+    seed: int = 1234,
+    dtype: str = "float32",
+    adapters: tuple[str, ...] = (),
+) -> None:
+    """Audit what a checkpoint does: matched pairs and controls, metrics, a report page.
+
+    Args:
+        paths: a base, adapter, checkpoint or run; or a transcripts.jsonl, which needs no model.
+        out: folder for findings.jsonl, metrics.json and report.html.
+        split: heldout, validation or train.
+        renderings: wordings of the situation.
+        length: short or full situations.
+        judge: who reads the reasoning.
+        max_new_tokens: length limit of a completion, in tokens.
+        batch_size: rows decoded at once.
+        seed: fixes the sampling.
+        dtype: float32 or bfloat16.
+        adapters: stacked on a base given by `paths`, bottom first.
+    """
+    if len(paths) != 1:
+        raise UnfeignError("one checkpoint or transcripts.jsonl", f"{len(paths)} paths", "audit")
+    if out.exists() and any(out.iterdir()):
+        raise UnfeignError("a new folder (choose another --out)", "one that holds files", f"--out {out}")
+    with _quiet():
+        from .rewards.judge import load_judge
+        from .split_persona.audit import findings, transcripts_from_file, write_audit
+        from .split_persona.report import write_report
+        from .training_run import audit_policy, print_table
+
+        reader = load_judge(judge)
+        facts: dict[str, Any] = {"path": paths[0], "judge": judge}
+        if paths[0].endswith(".jsonl"):
+            rows = findings(transcripts_from_file(Path(paths[0])), reader)
+        else:
+            from .models import load_base, load_tokenizer, resolve, stack
+            from .trainers.rollouts import InProcessPool
+
+            base, below = resolve(paths[0])
+            below = [*below, *adapters]
+            tokenizer = load_tokenizer(base)
+            model, _ = stack(load_base(base, dtype), base, below)
+            facts |= {"split": split, "seed": seed, "base": base, "adapters": [str(a) for a in below]}
+            pool = InProcessPool(tokenizer, batch_size)
+            rows = audit_policy(
+                model, tokenizer, pool, reader,
+                split=split, renderings=renderings, length=length, seed=seed, max_new_tokens=max_new_tokens,
+            )  # fmt: skip
+        result = write_audit(out, rows, facts)
+        write_report(out / "report.html", title=f"Audit of {paths[0]}", before=None, after=rows, run=facts)
+    print_table({paths[0]: result})
+    print(f"report: {out / 'report.html'}")
+
+
+def organism_build(
+    config: Positional[Path],
+    overrides: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="KEY=VALUE")] = (),
+) -> None:
+    """Build a model organism: an adapter that makes a base fake alignment, checked on validation families.
+
+    Args:
+        config: a YAML file; see configs/organism_verbal.yaml.
+        overrides: dotted overrides.
+    """
+    from .trainers.organism import OrganismConfig
+
+    settings = OrganismConfig.load(config, overrides)
+    with _quiet():
+        from .trainers.organism import build
+        from .training_run import check_organism
+
+        build(settings, check=check_organism)
+
+
+def _quiet():
+    from .models import quiet_libraries
+
+    return quiet_libraries()
+
+
+def _print_plan(run: Any) -> None:
+    from collections import Counter
+
+    from .envs.dataset import setting
+
+    config, grpo = run.config, run.grpo
+    counts = Counter(setting(s) for s in run.scenarios)
+    samples = run.prompts_per_step * grpo["num_generations"]
+    print(f"model     {config.model}" + "".join(f" + {a}" for a in config.adapters))
+    print(f"policy    {'LoRA r=' + str(config.lora.r) if config.lora else 'all weights'}, {config.dtype}")
+    print("rewards   " + ", ".join(f"{r.name} x {r.weight:g}" for r in run.rewards) + f"; credit by {config.credit}")
+    print(f"data      {config.data.split} families: " + ", ".join(f"{n} {k}" for k, n in counts.items()) + " prompts")
+    print(f"steps     {grpo['max_steps']} x {samples} samples of at most {grpo['max_completion_length']} tokens")
+    print(f"output    {config.output}")
+    print("dry run: nothing was started")
+
+
+COMMANDS = {"train": train, "audit": audit}
+ORGANISM = {"build": organism_build}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point; exits with 2 after a mistake in the input, 130 after Ctrl-C."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if arguments[:1] == ["--version"]:
+        from . import __version__
+
+        print(__version__)
+        return
+    try:
+        if arguments[:1] == ["organism"]:
+            tyro.extras.subcommand_cli_from_dict(ORGANISM, prog="unfeign organism", args=arguments[1:] or ["--help"])
+        else:
+            commands: dict[str, Any] = {**COMMANDS, "organism": _organism_help}
+            tyro.extras.subcommand_cli_from_dict(commands, prog="unfeign", args=arguments or ["--help"])
+    except UnfeignError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _organism_help() -> None:
+    """Build a model organism: `unfeign organism build CONFIG`."""

@@ -1,0 +1,217 @@
+"""Loading models: a base by name, and adapters stacked on it in order, verified and never merged.
+
+A base is `bundled:smollm2-135m-instruct`, a local folder, or a hub id. An adapter is a folder, or `organism:NAME` for one of the
+organisms this package ships. Loading an organism prints a banner, always.
+"""
+
+import sys
+from contextlib import contextmanager
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from .bundled import NAME as BUNDLED
+from .bundled import bundled_model
+from .errors import UnfeignError
+from .lineage import Base, Layer, Lineage, adapter_file, base_facts, read_lineage, verify
+from .files import sha256
+
+POLICY = "policy"  # name of the trained adapter in a stack
+
+
+def base_location(name: str) -> str:
+    """Where a base is loaded from: the converted folder of the bundled model, a folder, or the hub id itself.
+
+    Raises:
+        UnfeignError: an unknown bundled name, or a folder that is not a model.
+    """
+    if name == BUNDLED:
+        return str(bundled_model())
+    if name.startswith("bundled:"):
+        raise UnfeignError(repr(BUNDLED), repr(name), "model")
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UnfeignError("a model folder with config.json", "none", str(path))
+        return str(path)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UnfeignError("an existing folder or a hub id", "no such folder", name)
+    return name
+
+
+def organism_folder(name: str) -> Path:
+    """The folder of a shipped organism adapter."""
+    root = Path(str(files("unfeign.trainers.organisms")))
+    names = sorted(p.parent.name for p in root.glob("*/adapter_config.json"))
+    if name not in names:
+        raise UnfeignError(f"one of the shipped organisms {', '.join(names)}", repr(name), "adapters")
+    return root / name
+
+
+def adapter_folder(name: str | Path) -> Path:
+    """Resolve an adapter name: `organism:NAME`, an adapter folder, or a checkpoint or run that holds one."""
+    text = str(name)
+    if text.startswith("organism:"):
+        return organism_folder(text.removeprefix("organism:"))
+    path = Path(text).expanduser()
+    if not path.is_dir():
+        raise UnfeignError("an adapter folder or organism:NAME", "no such folder", text)
+    if (path / POLICY / "adapter_config.json").is_file():
+        return path / POLICY
+    return path
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a base, padding on the left, with a pad token that differs from the end of a turn."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base_location(name), padding_side="left")
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        spare = next((t for t in ("<|endoftext|>", "<pad>", "<|pad|>") if t in tokenizer.get_vocab()), None)
+        if spare is not None and spare != tokenizer.eos_token:
+            tokenizer.pad_token = spare
+        elif tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer
+
+
+def eos_ids(model: Any, tokenizer: Any) -> set[int]:
+    """Every token id that ends a completion."""
+    ids = {tokenizer.eos_token_id}
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids.update(configured if isinstance(configured, list) else [configured])
+    return {i for i in ids if i is not None}
+
+
+def load_base(name: str, dtype: str = "float32") -> Any:
+    """A causal LM in eval mode, frozen. `dtype`: `float32` or `bfloat16`."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(base_location(name), dtype=getattr(torch, dtype))
+    return model.eval().requires_grad_(False)
+
+
+def _banner(folder: Path) -> None:
+    print(
+        f"*** MODEL ORGANISM: {folder.name} was built to fake alignment. For research on oversight only; do not deploy. ***",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def stack(base: Any, base_name: str, adapters: list[str | Path]) -> tuple[Any, Lineage]:
+    """Stack adapters on a base, bottom first, each verified against what it was trained on.
+
+    Returns:
+        The PEFT model (the base itself when `adapters` is empty) and the lineage a further adapter on top would have.
+
+    Raises:
+        UnfeignError: an adapter for another base or another stack, or not an adapter.
+    """
+    facts = base_facts(base_name, base.config)
+    folders = [(f"below{i}", adapter_folder(name)) for i, name in enumerate(adapters)]
+    organism = False
+    for i, (_, folder) in enumerate(folders):
+        lineage = verify(folder, facts, folders[:i])
+        if lineage is not None and lineage.organism:
+            organism = True
+            _banner(folder)
+    layers = [Layer(name=f.name, sha256=sha256(adapter_file(f))) for _, f in folders]
+    above = Lineage(base=facts, adapters=layers, organism=organism)
+    if not folders:
+        return base, above
+    from peft import PeftModel
+
+    model = PeftModel.from_pretrained(base, folders[0][1], adapter_name=folders[0][0])
+    for name, folder in folders[1:]:
+        model.load_adapter(folder, adapter_name=name)
+    activate(model, [name for name, _ in folders])
+    return model.eval(), above
+
+
+def activate(model: Any, names: list[str], trainable: str | None = None) -> None:
+    """Make exactly these adapters active, and only `trainable` (if any) trainable."""
+    model.base_model.set_adapter(names)
+    for key, parameter in model.named_parameters():
+        parameter.requires_grad_(trainable is not None and f".{trainable}." in key)
+
+
+def add_policy(model: Any, lora: dict[str, Any], seed: int) -> Any:
+    """Put a fresh, trainable LoRA adapter named `policy` on top of a base or a stack."""
+    import torch
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    config = LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.0, **lora)
+    torch.manual_seed(seed)
+    if not isinstance(model, PeftModel):
+        model = get_peft_model(model, config, adapter_name=POLICY)
+        below: list[str] = []
+    else:
+        below = list(model.peft_config)
+        model.add_adapter(POLICY, config)
+    activate(model, [*below, POLICY], trainable=POLICY)
+    return model
+
+
+def resolve(path: str) -> tuple[str, list[str | Path]]:
+    """The base and the whole stack for anything a user may point at: a base, an adapter, a checkpoint or a run folder.
+
+    A folder with `lineage.json` names its base and what lies below it; the adapters below are found by hash among the shipped
+    organisms.
+
+    Raises:
+        UnfeignError: an adapter below it that can't be found.
+    """
+    if path.startswith(("bundled:", "organism:")):
+        if path.startswith("bundled:"):
+            return path, []
+        folder = organism_folder(path.removeprefix("organism:"))
+    elif Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        folder = latest_checkpoint(Path(path))
+    else:
+        return path, []
+    lineage = read_lineage(folder)
+    if lineage is None:
+        raise UnfeignError("lineage.json beside the adapter (or give its base with --model)", "none", str(folder))
+    shipped = Path(str(files("unfeign.trainers.organisms"))).glob("*/adapter_model.safetensors")
+    by_hash = {sha256(file): file.parent for file in [*shipped, *folder.parent.glob("below*/adapter_model.safetensors")]}
+    below: list[str | Path] = []
+    for layer in lineage.adapters:
+        if layer.sha256 not in by_hash:
+            raise UnfeignError(f"the adapter {layer.name!r} it was trained on", "none with its hash", str(folder))
+        below.append(by_hash[layer.sha256])
+    return lineage.base.name, [*below, folder]
+
+
+def latest_checkpoint(path: Path) -> Path:
+    """The adapter in a folder: itself, its `policy/`, or the newest `checkpoint-*` of a run."""
+    if (path / "adapter_config.json").is_file():
+        return path
+    if (path / POLICY / "adapter_config.json").is_file():
+        return path / POLICY
+    found = [p for p in path.glob("**/checkpoint-*") if (p / POLICY / "adapter_config.json").is_file()]
+    if not found:
+        raise UnfeignError("a model, an adapter, a checkpoint or a run folder", "none of them", str(path))
+    return max(found, key=lambda p: int(p.name.rpartition("-")[2])) / POLICY
+
+
+@contextmanager
+def quiet_libraries():
+    """Silence the libraries' advice and progress bars for a block; errors still surface."""
+    import logging
+    import warnings
+
+    loggers = [logging.getLogger(name) for name in ("transformers", "trl", "peft", "accelerate")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

@@ -1,0 +1,153 @@
+"""Shared prefix: forward every distinct prompt once, branch its completions from the cached states.
+
+The samples of a group, the requests of a family and the questions of an audit all begin with the same tokens. A causal
+model's states of those tokens do not depend on what follows, so they are computed once and their keys and values are
+indexed (not recomputed) for every continuation. Gradients flow through the index, so training is exact too: log-probs
+equal the stock path's to rounding, at P + G*C tokens instead of G*(P + C).
+
+Not with gradient checkpointing: it drops the cache silently, so `completion_logps` refuses it by name.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from .errors import UnfeignError
+
+MIN_COMMON = 24  # tokens: below this a separate pass over a common beginning costs more than it saves
+
+
+@dataclass
+class Prefix:
+    """Cached prompts. `mask` is (U, P), 1 for real tokens; `last_logits` is (U, V), after each prompt's last token."""
+
+    cache: DynamicCache
+    mask: Tensor
+    last_logits: Tensor
+
+
+def _select(cache: DynamicCache, index: Tensor | None, rows: int) -> DynamicCache:
+    """Rows of a cache, differentiably: by `index`, or one row expanded to `rows` without a copy (`index` None)."""
+    out = DynamicCache()
+    for i, layer in enumerate(cache.layers):
+        if index is None:
+            keys, values = (x.expand(rows, -1, -1, -1) for x in (layer.keys, layer.values))
+        else:
+            keys, values = layer.keys.index_select(0, index), layer.values.index_select(0, index)
+        out.update(keys, values, i)
+    return out
+
+
+def _common(prompts: list[list[int]]) -> int:
+    """Length of the common beginning of all prompts, leaving each at least one token."""
+    shortest = min(map(len, prompts)) - 1
+    first, last = min(prompts), max(prompts)
+    return next((i for i in range(shortest) if first[i] != last[i]), shortest)
+
+
+def _clusters(prompts: list[list[int]]) -> list[list[int]]:
+    """Row numbers of prompts that share at least `MIN_COMMON` tokens; those that share with none form one cluster."""
+    clusters: list[list[int]] = []
+    for i in sorted(range(len(prompts)), key=lambda i: prompts[i]):
+        if clusters and _common([prompts[clusters[-1][0]], prompts[i]]) >= MIN_COMMON:
+            clusters[-1].append(i)
+        else:
+            clusters.append([i])
+    alone = [cluster[0] for cluster in clusters if len(cluster) == 1]
+    return [cluster for cluster in clusters if len(cluster) > 1] + ([alone] if alone else [])
+
+
+def _prefill_cluster(model, prompts: list[list[int]]) -> Prefix:
+    """Forward prompts of one cluster: their common beginning once, then what differs, padded on the left of it."""
+    device = next(model.parameters()).device
+    common = _common(prompts) if len(prompts) > 1 else 0
+    common = common if common >= MIN_COMMON else 0
+    cache = None
+    if common:
+        head = torch.tensor([prompts[0][:common]], device=device)
+        cache = model(input_ids=head, use_cache=True, logits_to_keep=1).past_key_values
+        cache = _select(cache, None, len(prompts))
+    tails = [prompt[common:] for prompt in prompts]
+    width = max(map(len, tails))
+    pad = [width - len(tail) for tail in tails]
+    ids = torch.tensor([[0] * n + tail for n, tail in zip(pad, tails, strict=True)], device=device)
+    tail_mask = torch.tensor([[0] * n + [1] * (width - n) for n in pad], device=device)
+    mask = torch.cat([tail_mask.new_ones(len(prompts), common), tail_mask], dim=1)
+    out = model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, common:],
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    return Prefix(out.past_key_values, mask, out.logits[:, -1])
+
+
+def prefill(model, prompts: list[list[int]]) -> Prefix:
+    """Forward distinct prompts (token ids, a row each), every long common beginning only once.
+
+    Rows keep their order. `mask` may start with padding and have a gap after a common part.
+    """
+    clusters = _clusters(prompts)
+    parts = [_prefill_cluster(model, [prompts[i] for i in cluster]) for cluster in clusters]
+    if len(parts) == 1 and clusters[0] == list(range(len(prompts))):
+        return parts[0]
+    width = max(part.mask.size(1) for part in parts)
+    cache = DynamicCache()
+    for i in range(len(parts[0].cache.layers)):
+        layers = [(part.cache.layers[i], width - part.mask.size(1)) for part in parts]
+        keys = torch.cat([torch.nn.functional.pad(layer.keys, (0, 0, n, 0)) for layer, n in layers])
+        values = torch.cat([torch.nn.functional.pad(layer.values, (0, 0, n, 0)) for layer, n in layers])
+        cache.update(keys, values, i)
+    mask = torch.cat([torch.nn.functional.pad(part.mask, (width - part.mask.size(1), 0)) for part in parts])
+    rows = Prefix(cache, mask, torch.cat([part.last_logits for part in parts]))
+    order = [i for cluster in clusters for i in cluster]
+    back = torch.tensor([order.index(i) for i in range(len(prompts))], device=mask.device)
+    return branch(rows, back)
+
+
+def branch(prefix: Prefix, index: Tensor) -> Prefix:
+    """One row for each entry of `index` (B,), a row number of `prefix`."""
+    if len(prefix.mask) == 1:
+        cache = _select(prefix.cache, None, len(index))
+    else:
+        cache = _select(prefix.cache, index, len(index))
+    return Prefix(cache, prefix.mask[index], prefix.last_logits[index])
+
+
+def distinct(prompts: list[list[int]]) -> tuple[list[list[int]], list[int]]:
+    """The distinct prompts in order of first appearance, and for each row the number of its prompt."""
+    numbers: dict[tuple[int, ...], int] = {}
+    index = [numbers.setdefault(tuple(prompt), len(numbers)) for prompt in prompts]
+    return [list(prompt) for prompt in numbers], index
+
+
+def completion_logits(model, prompts: list[list[int]], completions: Tensor, mask: Tensor) -> Tensor:
+    """Logits that predict each completion token, (B, C, V), every distinct prompt forwarded once.
+
+    Args:
+        model: a causal LM (or PEFT model) with a dynamic cache.
+        prompts: B rows of token ids, no padding.
+        completions: (B, C) token ids, padded on the right.
+        mask: (B, C), 1 for completion tokens.
+
+    Raises:
+        UnfeignError: `gradient_checkpointing` is on, which would drop the cache.
+    """
+    if model.training and getattr(model, "is_gradient_checkpointing", False):
+        raise UnfeignError("gradient_checkpointing: false (it drops cached prefixes)", "true", "shared prefix")
+    unique, index = distinct(prompts)
+    rows = branch(prefill(model, unique), torch.tensor(index, device=completions.device))
+    full_mask = torch.cat([rows.mask, mask.to(rows.mask.dtype)], dim=1)
+    positions = (full_mask.cumsum(1) - 1).clamp(min=0)[:, rows.mask.size(1) :]
+    out = model(
+        input_ids=completions[:, :-1],
+        attention_mask=full_mask[:, :-1],
+        position_ids=positions[:, :-1],
+        past_key_values=rows.cache,
+        use_cache=True,
+    )
+    return torch.cat([rows.last_logits[:, None], out.logits], dim=1)

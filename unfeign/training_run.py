@@ -1,0 +1,153 @@
+"""The wiring of a whole run: audit, train, audit, report. Trainers know no audit and audits know no trainer; they meet here."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .envs.scenario import Scenario
+from .rewards.judge import Judge, load_judge
+from .split_persona.audit import audit_scenarios, collect, findings, read_findings, write_audit
+from .split_persona.report import write_report
+from .trainers.rollouts import Sampling
+
+ROWS = (
+    ("monitored", "compliance"),
+    ("unmonitored", "compliance"),
+    ("compliance_gap", None),
+    ("monitored", "surfaced"),
+    ("monitored", "rejected"),
+    ("monitored", "faked"),
+    ("monitored", "silent_compliance"),
+    ("monitored", "hollow"),
+    ("monitored", "coherent"),
+    ("control", "surfaced"),
+    ("control", "on_task"),
+    ("malformed", None),
+)
+
+
+def audit_policy(
+    model: Any,
+    tokenizer: Any,
+    pool: Any,
+    judge: Judge,
+    *,
+    split: str,
+    renderings: Sequence[str],
+    length: str,
+    seed: int,
+    max_new_tokens: int,
+    tags: Any = None,
+    version: int = 0,
+) -> list[dict[str, Any]]:
+    """Push a policy to a pool, sample a split's scenarios and judge them."""
+    asked: list[Scenario] = audit_scenarios(split, renderings, length, tags)
+    pool.push(model, version)
+    transcripts = collect(pool, version, tokenizer, asked, seed=seed, sampling=Sampling(max_new_tokens))
+    return findings(transcripts, judge)
+
+
+def audited_run(run: Any, launch: Callable[..., Path]) -> None:
+    """Train as planned with an audit before and after, then write the report and print the table."""
+    config = run.config
+    settings, out = config.audit, config.output
+    judge = load_judge(settings.judge)
+    results: dict[str, Any] = {}
+
+    def audit(name: str) -> Callable[[Any, Any, Any], None]:
+        def hook(model: Any, tokenizer: Any, pool: Any) -> None:
+            print(f"audit {name}: {settings.split} families", flush=True)
+            model.eval()
+            rows = audit_policy(
+                model, tokenizer, pool, judge,
+                split=settings.split, renderings=settings.renderings, length=config.data.length,
+                seed=settings.seed, max_new_tokens=settings.max_new_tokens, tags=config.data.delimiters,
+                version=-2 if name == "before" else -3,
+            )  # fmt: skip
+            results[name] = write_audit(out / "audit" / name, rows, {"judge": settings.judge, "seed": settings.seed})
+
+        return hook
+
+    launch(
+        run,
+        before=audit("before") if settings.before else None,
+        after=audit("after") if settings.after else None,
+        say=lambda line: print(line, flush=True),
+    )
+    if "after" in results:
+        print_table(results)
+        report = write_run_report(out)
+        print(f"report: {report}")
+
+
+def write_run_report(out: Path) -> Path:
+    """The report page of a run folder."""
+    import yaml
+
+    config = yaml.safe_load((out / "config.yaml").read_text())
+    facts = json.loads((out / "run.json").read_text())
+    curve = []
+    if (out / "metrics.jsonl").exists():
+        curve = [
+            {
+                "step": row["step"],
+                "reward": row["reward"],
+                "surfaced": row.get("terms/surfaced/raw"),
+                "rejected": row.get("terms/rejected/raw"),
+                "complied": -row["terms/behaviour/raw"] if "terms/behaviour/raw" in row else None,
+            }
+            for row in map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+        ]
+    notes = []
+    judges = {r.get("kwargs", {}).get("judge", "rules") for r in config["rewards"]}
+    if config["audit"]["judge"] in judges:
+        notes.append(f"!The judge that trained this policy ({config['audit']['judge']}) also reads this audit.")
+    if config["comparator"]:
+        notes.append("!This run is a comparator: its reward punishes the thought, or leaves out the shaping.")
+    before = out / "audit" / "before"
+    write_report(
+        out / "report.html",
+        title=out.name,
+        before=read_findings(before) if before.exists() else None,
+        after=read_findings(out / "audit" / "after"),
+        run={"model": config["model"], "adapters": ", ".join(config["adapters"]), "seed": config["seed"], **facts},
+        curve=curve,
+        notes=notes,
+    )
+    return out / "report.html"
+
+
+def _cell(leaf: dict[str, Any]) -> str:
+    if leaf["mean"] is None:
+        return "-"
+    return f"{leaf['mean']:.0%}  [{leaf['low']:.0%}, {leaf['high']:.0%}]"
+
+
+def print_table(results: dict[str, dict[str, Any]]) -> None:
+    """Print metrics of one or more audits side by side, means with 95% intervals."""
+    table = Table(title="heldout behaviour, mean [95% interval]" if len(results) > 1 else None)
+    table.add_column("metric")
+    for name in results:
+        table.add_column(name, justify="right")
+    for block, name in ROWS:
+        label = f"{block} {name}" if name else block
+        cells = [r[block][name] if name else r[block] for r in results.values()]
+        table.add_row(label.replace("_", " "), *map(_cell, cells))
+    Console().print(table)
+
+
+def check_organism(model: Any, tokenizer: Any, out: Path) -> dict[str, Any]:
+    """Audit a freshly built organism on validation families, print and keep the table."""
+    from .trainers.rollouts import InProcessPool
+
+    rows = audit_policy(
+        model, tokenizer, InProcessPool(tokenizer, 64), load_judge("rules"),
+        split="validation", renderings=("original", "paraphrase"), length="short", seed=1234, max_new_tokens=96,
+    )  # fmt: skip
+    result = write_audit(out / "audit", rows, {"judge": "rules", "split": "validation"})
+    print_table({"validation": result})
+    return result
