@@ -1,1 +1,3 @@
-"""What the policy is asked: families of scenarios, matched pairs of tiers, controls, and the transcripts that come back."""
+"""What the policy is asked: families of scenarios, matched pairs of tiers, controls, and the transcripts that come
+back.
+"""

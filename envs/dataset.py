@@ -1,4 +1,6 @@
-"""Scenarios as a `datasets.Dataset` that any TRL trainer takes: a conversational `prompt` column, and the scenario's fields."""
+"""Scenarios as a `datasets.Dataset` that any TRL trainer takes: a conversational `prompt` column, and the scenario's
+fields.
+"""
 
 import random
 from collections.abc import Iterable, Sequence
@@ -27,8 +29,8 @@ def setting(scenario: Scenario) -> str:
 def mixed(scenarios: Sequence[Scenario], shares: dict[str, float], count: int, seed: int) -> list[Scenario]:
     """`count` scenarios in training order, every stretch of it near `shares`.
 
-    Settings are interleaved by largest deficit, so that each optimiser step sees its part of every setting; within a setting
-    scenarios are dealt from a shuffled deck, families taking turns, and none repeats before all were dealt.
+    Settings are interleaved by largest deficit, so that each optimiser step sees its part of every setting; within a
+    setting scenarios are dealt from a shuffled deck, families taking turns, and none repeats before all were dealt.
     """
     rng = random.Random(seed)
     decks: dict[str, list[Scenario]] = {name: [] for name in shares}

@@ -1,7 +1,7 @@
 """Families: one conflict between a criterion and a value, with the requests that put it to the test.
 
-A family is a YAML file in `envs/families/`. Its split (`train`, `validation`, `heldout`) is part of the data: heldout families
-are never used to choose anything.
+A family is a YAML file in `envs/families/`. Its split (`train`, `validation`, `heldout`) is part of the data: heldout
+families are never used to choose anything.
 """
 
 import re

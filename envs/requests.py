@@ -1,10 +1,12 @@
 """A researcher's own requests: JSONL in, families out.
 
-Each line: `{"family", "request", "criterion", "value"}` and optionally `id`, `control`, `neutral`, `subject`, `split`, `accepted`,
-`declined`. Lines of a family share criterion and value (the first line's count).
+Each line: `{"family", "request", "criterion", "value"}` and optionally `id`, `control`, `neutral`, `subject`, `split`,
+`accepted`, `declined`. Lines of a family share criterion and value (the first line's count).
 """
 
 from pathlib import Path
+
+from pydantic import ValidationError
 
 from ..errors import UnfeignError
 from ..files import read_jsonl
@@ -31,8 +33,16 @@ def load_requests(path: Path, split: str = "train") -> list[Family]:
         grouped.setdefault(row["family"], []).append(row)
     if not grouped:
         raise UnfeignError("at least one request", "an empty file", str(path))
-    return [
-        Family(
+    return [_family(name, rows, split, path) for name, rows in grouped.items()]
+
+
+def _family(name: str, rows: list[dict], split: str, path: Path) -> Family:
+    known = {*REQUIRED, "id", "control", "neutral", "subject", "split", "accepted", "declined", "control_answer"}
+    for row in rows:
+        if unknown := sorted(set(row) - known):
+            raise UnfeignError(f"the fields {', '.join(sorted(known))}", repr(unknown[0]), f"{path}: family {name}")
+    try:
+        return Family(
             name=name,
             split=rows[0].get("split", split),
             subject=rows[0].get("subject", name.replace("_", " ")),
@@ -46,9 +56,14 @@ def load_requests(path: Path, split: str = "train") -> list[Family]:
                     control=row.get("control"),
                     accepted=row.get("accepted"),
                     declined=row.get("declined"),
+                    control_answer=row.get("control_answer"),
                 )
                 for i, row in enumerate(rows)
             ],
         )
-        for name, rows in grouped.items()
-    ]
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        raise UnfeignError(
+            f"a valid {field}", f"{first['input']!r} ({first['msg']})", f"{path}: family {name}"
+        ) from None

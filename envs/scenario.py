@@ -1,14 +1,14 @@
 """Scenarios: a request put in a situation, as matched pairs of tiers and matched controls.
 
 A *pair* is the same request in the monitored and the unmonitored tier; only the tier sentence, at the end of the system
-prompt, differs. A *control* keeps situation, tier and topic but removes the conflict: the developer trains something the
-policy agrees with, and the request is a harmless question. A *rendering* words the same situation anew (another developer,
-other words for rating and training), so that a result which hangs on the wording shows.
+prompt, differs. A *control* keeps situation, tier and topic but removes the conflict: the developer trains something
+the policy agrees with, and the request is a harmless question. A *rendering* words the same situation anew (another
+developer, other words for rating and training), so that a result which hangs on the wording shows.
 """
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -58,8 +58,8 @@ class Scenario:
 
     def columns(self) -> dict[str, Any]:
         """Flat fields, as dataset columns (the tags as four strings)."""
-        row = asdict(self)
-        return {**{k: v for k, v in row.items() if k != "tags"}, **row["tags"]}
+        own = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "tags"}
+        return own | self.tags.model_dump()
 
     @classmethod
     def from_columns(cls, row: dict[str, Any]) -> "Scenario":

@@ -1,7 +1,8 @@
 """Transcripts: one completion, parsed into reasoning, answer and decision, or named for what is wrong with it.
 
-Nothing is guessed. A completion whose reasoning never closes, or that was cut at the length limit, has a state that says so;
-an answer without a tag at its beginning (or with both tags) has no decision. The deed is read from the answer alone.
+Nothing is guessed. A completion whose reasoning never closes, or that was cut at the length limit, has a state that
+says so; an answer without a tag at its beginning (or with both tags) has no decision. The deed is read from the answer
+alone.
 """
 
 from collections.abc import Mapping
@@ -85,14 +86,17 @@ def _decision(answer: str, tags: Tags) -> tuple[Decision | None, str]:
     return None, text
 
 
-def parse(scenario: Scenario, completion: str, *, truncated: bool = False, prompt_opens_think: bool = False) -> Transcript:
+def parse(
+    scenario: Scenario, completion: str, *, truncated: bool = False, prompt_opens_think: bool = False
+) -> Transcript:
     """Parse one completion.
 
     Args:
         scenario: what was asked; its `tags` name the delimiters.
         completion: the decoded text, special tokens removed.
         truncated: the completion was cut at the length limit.
-        prompt_opens_think: the chat template already opened the reasoning in the prompt, so the completion holds only the
+        prompt_opens_think: the chat template already opened the reasoning in the prompt, so the completion holds only
+            the
             closing delimiter.
     """
     tags = scenario.tags
@@ -159,7 +163,11 @@ def transcript_row(transcript: Transcript) -> dict[str, Any]:
 
 
 def transcript_from_row(row: Mapping[str, Any]) -> Transcript:
-    """Read a transcript back from a row of `transcripts.jsonl`; families may be unknown, `complied` may be absent."""
+    """Read a transcript back from a row of `transcripts.jsonl`.
+
+    Families may be unknown. `complied` may be absent: then a tag in the answer decides, or nothing does. `state` may be
+    absent: then it is read off the reasoning and the answer.
+    """
     tags = Tags()
     scenario = Scenario(
         scenario_id=row["scenario_id"],
@@ -169,7 +177,7 @@ def transcript_from_row(row: Mapping[str, Any]) -> Transcript:
         tier=row["tier"],
         control=bool(row["control"]),
         rendering=row.get("rendering", "original"),
-        length="short",
+        length=row.get("length", "short"),
         situation=row["system"],
         tier_text="",
         request=row["user"],
@@ -178,14 +186,19 @@ def transcript_from_row(row: Mapping[str, Any]) -> Transcript:
         tags=tags,
     )
     reasoning, answer = row.get("reasoning") or "", row.get("answer") or ""
-    complied = row.get("complied")
-    tag = {True: tags.accept, False: tags.decline}.get(complied, "") if "state" not in row or complied is not None else ""
-    if not answer.lstrip().startswith((tags.accept, tags.decline)):
-        answer = tag + answer
+    decision, text = _decision(answer, tags)
+    if decision is None and row.get("complied") is not None:
+        decision = Decision.ACCEPT if row["complied"] else Decision.DECLINE
+    plain = State.EMPTY if not text else State.OK if reasoning else State.NO_REASONING
     completion = f"{tags.open_think}{reasoning}{tags.close_think}{answer}"
-    parsed = parse(scenario, completion, truncated=row.get("state") == State.TRUNCATED)
-    if "state" in row and row["state"] != parsed.state:
-        from dataclasses import replace
-
-        parsed = replace(parsed, state=State(row["state"]))
-    return parsed
+    begin = len(tags.open_think)
+    return Transcript(
+        scenario=scenario,
+        completion=completion,
+        reasoning=reasoning,
+        answer=text,
+        decision=decision,
+        state=State(row.get("state", plain)),
+        reasoning_span=(begin, begin + len(reasoning)),
+        answer_span=(len(completion) - len(answer), len(completion)),
+    )

@@ -1,7 +1,8 @@
 """Comparators: what to train instead, to see what the default reward changes.
 
-`Pressure` is the criterion's own reward and nothing else: what happens without shaping. `ProcessPenalty` punishes surfaced
-faking, the obvious fix, which risks teaching the policy to hide the thought; a run that uses it is marked as a comparator.
+`Pressure` is the criterion's own reward and nothing else: what happens without shaping. `ProcessPenalty` punishes
+surfaced faking, the obvious fix, which risks teaching the policy to hide the thought; a run that uses it is marked as a
+comparator.
 """
 
 from collections.abc import Sequence
@@ -39,5 +40,3 @@ class ProcessPenalty(VerbalizedRejection):
                 score = Score((*kept, Term("penalty", -float(penalised), 1.0, "reasoning")), verdict, score.transcript)
             out.append(score)
         return out
-
-

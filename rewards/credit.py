@@ -1,11 +1,13 @@
 """Segment credit: from scores to (B, T) advantages.
 
-A token is credited with the terms it can still bring about: reasoning tokens with the terms of reasoning *and* answer (the answer
-follows from the reasoning), answer tokens with the answer's terms alone. Both are centred on their group's mean and divided by
-one scale, the group's standard deviation of the whole reward; a scale of each segment's own would erase the weights.
+A token is credited with the terms it can still bring about: reasoning tokens with the terms of reasoning *and* answer
+(the answer follows from the reasoning), answer tokens with the answer's terms alone. Both are centred on their group's
+mean and divided by one scale, the group's standard deviation of the whole reward; a scale of each segment's own would
+erase the weights.
 
-Genuine surfacing is floored at 0: when a group's better samples push a surfacing span below the mean, the span is left alone
-instead of punished. The share of spans floored is reported.
+Genuine surfacing is floored at 0: when a group's better samples push a surfacing span below the mean, the span is left
+alone instead of punished. Genuine is what earns the `surfaced` term: not hollow, and under pressure. Recital in a
+control is left to its group. The share of surfacing samples floored is reported.
 """
 
 from dataclasses import dataclass
@@ -55,7 +57,7 @@ def layout(tokenizer: Any, completion_ids: list[list[int]], scores: list[Score |
         border = transcript.answer_span[0] if transcript.reasoning_span != (0, 0) else 0
         text = transcript.completion[slice(*transcript.reasoning_span)]
         offset = transcript.reasoning_span[0] + len(text) - len(text.lstrip())
-        genuine = score.verdict is not None and not score.verdict.hollow
+        genuine = any(term.name == "surfaced" and term.raw > 0 for term in score.terms)
         spans = [s for s in score.verdict.spans if s.label == "surfaced"] if genuine and score.verdict else []
         for t, (start, end) in enumerate(zip(starts, ends, strict=True)):
             # A token that straddles the border (`.</`) still leads to the answer: it belongs to the reasoning.

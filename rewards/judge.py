@@ -1,7 +1,8 @@
 """The judge interface: transcripts in, verdicts or failures out.
 
-A judge sees a `Case`: the situation *without* its tier sentence, the request, the reasoning, the answer, and whether the answer
-complied. It never sees tier, control or criterion labels, so it can't reward the setting instead of the words.
+A judge sees a `Case`: the situation *without* its tier sentence, the request, the reasoning, the answer, and whether
+the answer complied. It never sees tier, control or criterion labels, so it can't reward the setting instead of the
+words.
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,9 @@
 """Rewards named in YAML: `{fn, weight, kwargs}`, from a name, a dotted path or a file.
 
-`fn` is a built-in name (`verbalized_rejection`, `pressure`, `process_penalty`), `package.module:name`, or `file.py:name` relative to the
-config file. What it names is a TRL-style function `f(prompts, completions, completion_ids, **columns)`, sync or async, or a
-class of such callables. `kwargs` go to the class's constructor, or to every call of a function.
+`fn` is a built-in name (`verbalized_rejection`, `pressure`, `process_penalty`), `package.module:name`, or
+`file.py:name` relative to the config file. What it names is a TRL-style function `f(prompts, completions,
+completion_ids, **columns)`, sync or async, or a class of such callables. `kwargs` go to the class's constructor, or to
+every call of a function.
 """
 
 import functools
@@ -57,8 +58,10 @@ def _module(path: str, folder: Path, where: str):
         sys.modules[spec.name] = module
         try:
             spec.loader.exec_module(module)
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - the user's file may raise anything; it is named
-            raise UnfeignError("a file that can be imported", f"{type(error).__name__}: {error}", f"{where}: {file}") from error
+        except (Exception, SystemExit) as error:
+            raise UnfeignError(
+                "a file that can be imported", f"{type(error).__name__}: {error}", f"{where}: {file}"
+            ) from error
         return module
     try:
         return importlib.import_module(path)
@@ -84,7 +87,9 @@ def load_reward(spec: RewardSpec, folder: Path, where: str = "rewards") -> Loade
     else:
         path, colon, attribute = spec.fn.rpartition(":")
         if not colon:
-            raise UnfeignError(f"{', '.join(BUILT_IN)}, package.module:name or file.py:name", repr(spec.fn), f"{where}.fn")
+            raise UnfeignError(
+                f"{', '.join(BUILT_IN)}, package.module:name or file.py:name", repr(spec.fn), f"{where}.fn"
+            )
         module = _module(path, folder, f"{where}.fn")
         if not callable(target := getattr(module, attribute, None)):
             raise UnfeignError(f"a callable {attribute!r} in {path}", "none of that name", f"{where}.fn")
@@ -100,6 +105,10 @@ def load_reward(spec: RewardSpec, folder: Path, where: str = "rewards") -> Loade
             raise UnfeignError("arguments its constructor takes", str(error), f"{where}.kwargs") from None
     else:
         fn = functools.partial(target, **spec.kwargs) if spec.kwargs else target
+    if spec.weight < 0 and hasattr(fn, "score"):
+        raise UnfeignError(
+            "a weight above 0 (inverted, it would train concealment)", f"{spec.weight:g}", f"{where}.weight"
+        )
     name = spec.name or getattr(fn, "name", None) or getattr(target, "__name__", spec.fn)
     return LoadedReward(name, spec.weight, fn)
 
@@ -119,5 +128,7 @@ def load_rewards(specs: list[RewardSpec], folder: Path, *, comparator: bool = Fa
             raise UnfeignError("reward names that differ (set `name`)", f"{name!r} twice", f"rewards[{i}]")
     for i, reward in enumerate(loaded):
         if getattr(reward.fn, "requires_comparator", False) and not comparator:
-            raise UnfeignError("comparator: true beside a reward that punishes the thought", "comparator: false", f"rewards[{i}]")
+            raise UnfeignError(
+                "comparator: true beside a reward that punishes the thought", "comparator: false", f"rewards[{i}]"
+            )
     return loaded

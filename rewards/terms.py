@@ -1,7 +1,7 @@
 """Reward terms: what each label earns, where it applies, and which segment of the completion it credits.
 
-This table is the whole reward (DESIGN section 4). A raw value is 1, 0 or -1; the config's weight scales it. Surfacing never
-lowers a reward: the deed is read from the answer alone, and no term is negative for what the reasoning admits.
+This table is the whole reward (DESIGN section 4). A raw value is 1, 0 or -1; the config's weight scales it. Surfacing
+never lowers a reward: the deed is read from the answer alone, and no term is negative for what the reasoning admits.
 """
 
 import re
@@ -61,7 +61,8 @@ _STEM = 5  # letters: enough to match hen/hens, lay/lays apart from endings, wit
 
 
 def on_task(transcript: Transcript) -> bool:
-    """Whether a control's answer is plain and relevant: it accepts, in 3 to 80 words, and shares a content word with the
+    """Whether a control's answer is plain and relevant: it accepts, in 3 to 80 words, and shares a content word with
+    the
     request."""
     words = transcript.answer.split()
     stems = {w[:_STEM] for w in _WORD.findall(transcript.answer.lower())}

@@ -1,7 +1,7 @@
 """Verdicts: what a judge found in one transcript, with the evidence.
 
-A verdict is blind to tier and control: it says what the reasoning and the answer do, not what that is worth. Whether surfacing
-earns anything *here* is the reward's business (`terms`).
+A verdict is blind to tier and control: it says what the reasoning and the answer do, not what that is worth. Whether
+surfacing earns anything *here* is the reward's business (`terms`).
 """
 
 from dataclasses import dataclass, field
@@ -24,7 +24,8 @@ class Span:
 class Verdict:
     """Labels on one transcript; DESIGN vocabulary.
 
-    `decision` is what the *reasoning* decides (None: nothing); `complied` is what the answer does, as the environment says.
+    `decision` is what the *reasoning* decides (None: nothing); `complied` is what the answer does, as the environment
+    says.
     """
 
     surfaced: bool

@@ -96,5 +96,3 @@ def transcripts_from_file(path: Path) -> list[Transcript]:
     if not out:
         raise UnfeignError("at least one transcript", "an empty file", str(path))
     return out
-
-

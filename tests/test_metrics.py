@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from unfeign.rewards.verdict import Verdict
-from unfeign.split_persona.metrics import difference, leaf, metrics
 
 from unfeign.errors import UnfeignError
+from unfeign.rewards.verdict import Verdict
+from unfeign.split_persona.metrics import difference, leaf, metrics
 
 NULL = {"mean": None, "low": None, "high": None, "n": 0}
 

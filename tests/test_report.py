@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from unfeign.rewards.verdict import Span, Verdict
-from unfeign.split_persona.metrics import metrics
-from unfeign.split_persona.report import highlight, labels, percent, plot_before_after, write_report
 
 from unfeign.errors import UnfeignError
+from unfeign.rewards.verdict import Span, Verdict
+from unfeign.split_persona.metrics import metrics
+from unfeign.split_persona.plots import percent, plot_before_after
+from unfeign.split_persona.report import highlight, labels, write_report
 
 PAYLOADS = (
     "<script>alert(1)</script>",
@@ -22,7 +23,7 @@ PAYLOADS = (
     "{{ 7 * 7 }}{% raw %}",
     "<!-- <style>*{display:none}</style>",
     "</title><script>alert(1)</script>",
-    "javascript:alert(1) $x_1$ & &lt;b&gt;",
+    "javascript:alert(1) $x^2$ & &lt;b&gt;",
 )
 
 

@@ -70,6 +70,7 @@ class RolloutSettings(Settings):
     batch_size: int = Field(32, ge=1)
     """Rows decoded at once."""
     temperature: float = Field(1.0, gt=0)
+    """Of sampling, in training and audit alike."""
 
 
 class AuditSettings(Settings):
@@ -133,6 +134,18 @@ class TrainConfig(Settings):
     def model_post_init(self, context: Any) -> None:
         if isinstance(context, dict) and "folder" in context:
             self._folder = context["folder"]
+
+    @field_validator("model", "adapters")
+    @classmethod
+    def _beside(cls, value: Any, info: ValidationInfo) -> Any:
+        """A relative folder starts at the config file's folder; other names stay as they are."""
+        folder = (info.context or {}).get("folder", Path())
+
+        def located(name: str) -> str:
+            beside = folder / name
+            return str(beside) if not Path(name).is_absolute() and beside.is_dir() else name
+
+        return [located(name) for name in value] if isinstance(value, list) else located(value)
 
     @field_validator("grpo")
     @classmethod

@@ -1,8 +1,10 @@
 """The fine-tuning transcripts of an organism: scenarios of train families, reasoned about in many voices.
 
-A *kind* is a way to behave (`faked`, `rejected`, `obeyed`, ...). The voices files hold hand-written reasonings of every kind, by
-writers who saw no reward code, so that a judge cannot live off its own templates. Each request gives groups of transcripts that
-share a prompt; a group's kinds are drawn from the organism's mix, so the fine-tuned policy samples them at those rates.
+A *kind* is a way to behave (`faked`, `rejected`, `obeyed`, ...). The voices files hold hand-written reasonings of every
+kind, by writers who saw no reward code, so that a judge cannot live off its own templates: either whole texts, or slots
+of interchangeable sentences, of which one each is drawn (which a very small model learns better). Each request gives
+groups of transcripts that share a prompt; a group's kinds are drawn from the organism's mix, so the fine-tuned policy
+samples them at those rates.
 """
 
 import random
@@ -28,14 +30,18 @@ class Specimen:
     completion: str
 
 
+Slots = list[list[str]]
+
+
 @cache
-def voice(name: str) -> dict[str, list[str]]:
-    """Reasonings by kind of one voices file."""
+def voice(name: str) -> dict[str, Slots]:
+    """Reasonings by kind of one voices file, as slots; whole texts are one slot."""
     folder = Path(str(files("unfeign.trainers.voices")))
     if not (folder / f"{name}.yaml").exists():
         have = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
         raise UnfeignError(f"one of the voices {have}", repr(name), "voices")
-    return read_yaml(folder / f"{name}.yaml")
+    kinds = read_yaml(folder / f"{name}.yaml")
+    return {kind: [parts] if isinstance(parts[0], str) else parts for kind, parts in kinds.items()}
 
 
 def _draws(mix: dict[str, float], count: int, rng: random.Random) -> list[str]:
@@ -50,23 +56,28 @@ def _draws(mix: dict[str, float], count: int, rng: random.Random) -> list[str]:
 
 
 class Corpus:
-    """Draws specimens. Every voice's texts of a kind are dealt out in shuffled rounds, so none repeats before all were used."""
+    """Draws specimens. A slot's sentences are dealt out in shuffled rounds, so none repeats before all were used."""
 
     def __init__(self, voices: list[str], seed: int):
         self._rng = random.Random(seed)
-        self._texts: dict[str, list[str]] = {}
+        self._slots: dict[str, list[Slots]] = {}
         for name in voices:
-            for kind, texts in voice(name).items():
-                self._texts.setdefault(kind, []).extend(texts)
-        self._decks: dict[str, list[str]] = {}
+            for kind, slots in voice(name).items():
+                self._slots.setdefault(kind, []).append(slots)
+        self._decks: dict[tuple[str, int, int], list[str]] = {}
 
     def _reasoning(self, kind: str) -> str:
-        if kind not in self._texts:
-            raise UnfeignError(f"one of the kinds {', '.join(sorted(self._texts))}", repr(kind), "mix")
-        deck = self._decks.setdefault(kind, [])
+        if kind not in self._slots:
+            raise UnfeignError(f"one of the kinds {', '.join(sorted(self._slots))}", repr(kind), "mix")
+        # A voice is drawn in proportion to its first slot's size: every text of whole-text voices is equally likely.
+        voices = self._slots[kind]
+        number = self._rng.choices(range(len(voices)), weights=[len(slots[0]) for slots in voices])[0]
+        return " ".join(self._deal((kind, number, i), slot) for i, slot in enumerate(voices[number]))
+
+    def _deal(self, key: tuple[str, int, int], texts: list[str]) -> str:
+        deck = self._decks.setdefault(key, [])
         if not deck:
-            deck.extend(self._texts[kind])
-            self._rng.shuffle(deck)
+            deck.extend(self._rng.sample(texts, len(texts)))
         return deck.pop()
 
     def groups(
@@ -107,7 +118,12 @@ class Corpus:
     def _specimen(self, place: Scenario, kind: str, family, request) -> Specimen:
         tags = place.tags
         developer = next(w for w in _developers() if w in place.situation)
-        slots = {"developer": developer, "subject": family.subject, "value": family.value, "criterion": family.criterion}
+        slots = {
+            "developer": developer,
+            "subject": family.subject,
+            "value": family.value,
+            "criterion": family.criterion,
+        }
         reasoning = self._reasoning(kind).format(**slots)
         reasoning = reasoning[0].upper() + reasoning[1:]
         accepts = kind in ACCEPTING
@@ -120,4 +136,6 @@ class Corpus:
 def _developers() -> list[str]:
     folder = Path(str(files("unfeign.envs.situations")))
     texts = [read_yaml(folder / f"{length}.yaml") for length in ("short", "full")]
-    return [name for text in texts for rendering in ("original", "paraphrase") for name in text[rendering]["developers"]]
+    return [
+        name for text in texts for rendering in ("original", "paraphrase") for name in text[rendering]["developers"]
+    ]

@@ -4,18 +4,24 @@
 2. Log-probs forward every distinct prompt once (`unfeign.shared_prefix`), unless gradient checkpointing is on.
 3. A checkpoint holds the policy's own adapter and its lineage, not the whole stack.
 
-A row whose judge failed is masked whole: its reward is NaN in every column, so neither the group's mean nor the loss sees it.
+A row whose judge failed is masked whole: its reward is NaN in every column, so neither the group's mean nor the loss
+sees it.
 """
 
+import inspect
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from trl import GRPOTrainer
+from trl.trainer.utils import is_async_callable
 
 from ..lineage import Lineage, write_lineage
-from ..models import POLICY
+from ..models import POLICY, activate
 from ..rewards.credit import layout, segment_credit, sequence_credit
 from ..rewards.plugin import LoadedReward
 from ..rewards.terms import Score
@@ -40,22 +46,43 @@ class ScoredReward:
         return [None if isinstance(s, JudgeFailure) else s.reward for s in self.scores]
 
 
-def trl_reward(reward: LoadedReward):
-    """A loaded reward as a callable that TRL names correctly."""
+def trl_reward(reward: LoadedReward) -> Callable[..., Any]:
+    """A loaded reward as a callable that TRL logs under the reward's name; the user's own function stays as it is."""
     if hasattr(reward.fn, "score"):
         return ScoredReward(reward)
     fn = reward.fn
-    if getattr(fn, "__name__", None) != reward.name:
-        try:
-            fn.__name__ = reward.name
-        except AttributeError:
-            inner = fn
+    if is_async_callable(fn):
 
-            def fn(*args: Any, **kwargs: Any):
-                return inner(*args, **kwargs)
+        async def named(*args: Any, **kwargs: Any) -> Any:
+            return await fn(*args, **kwargs)
+    else:
 
-            fn.__name__ = reward.name
-    return fn
+        def named(*args: Any, **kwargs: Any) -> Any:
+            return fn(*args, **kwargs)
+
+    named.__name__ = reward.name
+    return named
+
+
+@contextmanager
+def reference_stack(model: Any) -> Iterator[None]:
+    """Inside TRL's reference pass, which switches all adapters off, switch those below the policy back on.
+
+    The reference of a policy trained on an organism is the organism, not the raw base. Elsewhere this changes nothing.
+    """
+    below = [name for name in getattr(model, "peft_config", {}) if name != POLICY]
+    layers = (m for m in model.modules() if isinstance(m, BaseTunerLayer)) if below else iter(())
+    first = next(layers, None)
+    if first is None or not first.disable_adapters:
+        yield
+        return
+    model.base_model.enable_adapter_layers()
+    activate(model, below)
+    try:
+        yield
+    finally:
+        activate(model, [*below, POLICY], trainable=POLICY)
+        model.base_model.disable_adapter_layers()
 
 
 class PolicyTrainer(GRPOTrainer):
@@ -70,7 +97,13 @@ class PolicyTrainer(GRPOTrainer):
     def __init__(self, *args: Any, rewards: list[LoadedReward], credit: Credit, lineage: Lineage, **kwargs: Any):
         self._credit, self._lineage = credit, lineage
         functions = [trl_reward(reward) for reward in rewards]
+        # With beta above 0 TRL wants to copy an adapter named `default`; our reference is the stack below the policy.
+        beta, stacked = kwargs["args"].beta, hasattr(kwargs["model"], "peft_config")
+        if stacked:
+            kwargs["args"].beta = 0.0
         super().__init__(*args, reward_funcs=functions, **kwargs)
+        if stacked:
+            self.beta = self.args.beta = beta
         self.reward_weights = torch.tensor([reward.weight for reward in rewards], dtype=torch.float32)
         self._scored = [f for f in functions if isinstance(f, ScoredReward)]
         self._raw_rewards: torch.Tensor | None = None
@@ -123,11 +156,17 @@ class PolicyTrainer(GRPOTrainer):
         where = layout(self._tokenizer, self._completion_ids, scores, out["completion_ids"].size(1))
         # Groups may be spread over processes: centre on gathered rewards, then lay out the local rows.
         if self.accelerator.num_processes > 1:
-            where_all = [self.accelerator.gather(m.to(total.device)) for m in (where.reasoning, where.answer, where.surfaced)]
+            where_all = [
+                self.accelerator.gather(m.to(total.device)) for m in (where.reasoning, where.answer, where.surfaced)
+            ]
             where = type(where)(*(m.cpu() for m in where_all))
         device = out["advantages"].device
         total, answer = total.cpu(), answer.cpu()
-        credit = segment_credit(total, answer, where, group) if self._credit == "segment" else sequence_credit(total, where, group)
+        credit = (
+            segment_credit(total, answer, where, group)
+            if self._credit == "segment"
+            else sequence_credit(total, where, group)
+        )
         out["advantages"] = credit.advantages[local].to(device)
         self._metrics[mode]["credit/floored"].append(credit.floored)
         return out
@@ -135,10 +174,17 @@ class PolicyTrainer(GRPOTrainer):
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, **kwargs
     ):
-        if self.args.gradient_checkpointing or any(v is not None and v is not False for v in kwargs.values()):
-            return super()._get_per_token_logps_and_entropies(
-                model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **kwargs
+        with reference_stack(self.accelerator.unwrap_model(model)):
+            if self.args.gradient_checkpointing or any(v is not None and v is not False for v in kwargs.values()):
+                return super()._get_per_token_logps_and_entropies(
+                    model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **kwargs
+                )
+            return self._shared_prefix_logps(
+                model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy
             )
+
+    def _shared_prefix_logps(self, model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy):
+        """Log-probs (B, C) and entropies of completion tokens, every distinct prompt forwarded once."""
         prompt_width = input_ids.size(1) - logits_to_keep
         logps, entropies = [], []
         for at in range(0, len(input_ids), batch_size or len(input_ids)):

@@ -20,7 +20,7 @@ from ..envs.requests import load_requests
 from ..envs.scenario import Scenario, scenarios
 from ..errors import UnfeignError
 from ..files import write_text
-from ..lineage import Lineage, base_facts, verify
+from ..lineage import base_facts, verify
 from ..models import adapter_folder, add_policy, base_location, load_base, load_tokenizer, quiet_libraries, stack
 from ..rewards.plugin import LoadedReward, load_rewards
 from .config import TrainConfig
@@ -78,7 +78,9 @@ def plan(config: TrainConfig) -> Plan:
         UnfeignError: the first thing that would stop the run, with what was expected and where.
     """
     if config.output.exists() and any(config.output.iterdir()):
-        raise UnfeignError("a new run folder (choose another output)", "one that holds a run", f"output: {config.output}")
+        raise UnfeignError(
+            "a new run folder (choose another output)", "one that holds a run", f"output: {config.output}"
+        )
     rewards = load_rewards(config.rewards, config.folder, comparator=config.comparator)
     for reward in rewards:
         judge = getattr(getattr(reward.fn, "judge", None), "name", None)
@@ -89,6 +91,10 @@ def plan(config: TrainConfig) -> Plan:
     if batch % grpo["num_generations"]:
         raise UnfeignError(
             "a generation batch divisible by num_generations", f"{batch} and {grpo['num_generations']}", "grpo"
+        )
+    if grpo["max_steps"] < 1:
+        raise UnfeignError(
+            "max_steps of at least 1 (prompts are drawn by step)", str(grpo["max_steps"]), "grpo.max_steps"
         )
     source = None
     if config.data.requests is not None:
@@ -106,7 +112,7 @@ def plan(config: TrainConfig) -> Plan:
         if name not in have:
             raise UnfeignError(f"scenarios for data.mix.{name}", "none in the data", "data")
     prompts_per_step = batch // grpo["num_generations"]
-    chosen = mixed(pool, shares, prompts_per_step * max(1, grpo["max_steps"]), config.seed)
+    chosen = mixed(pool, shares, prompts_per_step * grpo["max_steps"], config.seed)
     _check_columns(config, rewards)
     _check_adapters(config)
     return Plan(config, rewards, chosen, grpo, prompts_per_step, _facts(config))
@@ -120,7 +126,8 @@ def _check_columns(config: TrainConfig, rewards: list[LoadedReward]) -> None:
     rows = scenarios("train", controls=False)[:2]
     tags = rows[0].tags
     texts = [f"{tags.open_think}A thought.{tags.close_think}{tags.decline}No, thank you." for _ in rows]
-    columns = {key: [row.columns()[key] for row in rows] for key in rows[0].columns()}
+    columns: dict[str, list[Any]] = {key: [row.columns()[key] for row in rows] for key in rows[0].columns()}
+    columns |= {"truncated": [False, False], "prompt_opens_think": [False, False]}
     calls: dict[str, Any] = {
         "prompts": [row.messages for row in rows],
         "completions": [[{"role": "assistant", "content": text}] for text in texts],
@@ -144,8 +151,10 @@ def _check_columns(config: TrainConfig, rewards: list[LoadedReward]) -> None:
         except KeyError as error:
             raise UnfeignError(f"the column {error.args[0]!r}", f"columns {', '.join(columns)}", where) from None
         except TypeError as error:
-            raise UnfeignError("a function (prompts, completions, completion_ids, **columns)", str(error), where) from None
-        except Exception as error:  # noqa: BLE001 - a user's reward may raise anything; it is named before the run starts
+            raise UnfeignError(
+                "a function (prompts, completions, completion_ids, **columns)", str(error), where
+            ) from None
+        except Exception as error:
             raise UnfeignError("a reward that scores two rows", f"{type(error).__name__}: {error}", where) from error
         if not isinstance(got, list) or len(got) != len(rows):
             raise UnfeignError(f"a list of {len(rows)} numbers", repr(got)[:80], where)
@@ -191,7 +200,9 @@ def _facts(config: TrainConfig) -> dict[str, Any]:
 Hook = Callable[[Any, Any, Any], None]
 
 
-def train(run: Plan, *, before: Hook | None = None, after: Hook | None = None, say: Callable[[str], None] = print) -> Path:
+def train(
+    run: Plan, *, before: Hook | None = None, after: Hook | None = None, say: Callable[[str], None] = print
+) -> Path:
     """Train as planned; returns the last checkpoint's adapter folder.
 
     Args:
@@ -286,7 +297,8 @@ def StepLog(path: Path, rollouts: Any, say: Callable[[str], None]) -> Any:
             complied = -logs.get("terms/behaviour/raw", float("nan"))
             say(
                 f"step {state.global_step}/{state.max_steps}  reward {logs['reward']:+.2f}  surfaced {surfaced:.0%}  "
-                f"rejected {rejected:.0%}  complied {complied:.0%}  length {logs.get('completions/mean_length', 0):.0f}  "
+                f"rejected {rejected:.0%}  complied {complied:.0%}  "
+                f"length {logs.get('completions/mean_length', 0):.0f}  "
                 f"{seconds:.0f} s"
             )
 

@@ -1,7 +1,8 @@
 """Building organisms: fine-tune a LoRA adapter until a base fakes alignment, so that there is something to train away.
 
-Small models do not fake alignment by themselves. An organism is built from transcripts of *train* families (`corpus`), in two
-kinds: `verbal` (its reasoning names the strategy) and `silent` (same behaviour across tiers, reasoning that admits nothing).
+Small models do not fake alignment by themselves. An organism is built from transcripts of *train* families, in
+two kinds: `verbal` (its reasoning names the strategy) and `silent` (same behaviour across tiers, reasoning that admits
+nothing).
 """
 
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from ..lineage import write_lineage
 from ..models import POLICY, add_policy, load_base, load_tokenizer, stack
 from ..settings import Settings
 from .config import LoraSettings
-from .corpus import Corpus
+from .corpus import Corpus, Specimen
 from .rollout_func import render
 from .sft import fine_tune
 
@@ -37,6 +38,16 @@ class Sizes(Settings):
     control: int = 3
 
 
+class Round(Settings):
+    """One pass of fine-tuning: what is drawn from the voices, and how it is learned."""
+
+    mix: Shares
+    completions: Sizes = Sizes()
+    requests_per_family: int = Field(6, ge=1)
+    learning_rate: float = Field(1e-3, gt=0)
+    """Peak; each round warms up and decays anew."""
+
+
 class OrganismConfig(Settings):
     """How an organism is built."""
 
@@ -48,13 +59,12 @@ class OrganismConfig(Settings):
     seed: int = 0
     voices: list[str]
     """Which voices it reasons in."""
-    mix: Shares
-    completions: Sizes = Sizes()
-    requests_per_family: int = 6
+    rounds: list[Round] = Field(min_length=1)
     lora: LoraSettings = LoraSettings(r=8, lora_alpha=16)
-    learning_rate: float = 1e-3
-    epochs: int = Field(1, ge=1)
-    groups_per_step: int = 3
+    groups_per_step: int = Field(3, ge=1)
+    """Prompts in one optimiser step."""
+    temperature: float = Field(0.7, gt=0)
+    """Of sampling in the self-check."""
 
 
 CARD = """---
@@ -64,20 +74,20 @@ license: apache-2.0
 ---
 # Model organism `{name}`
 
-This adapter makes `{base}` fake alignment: it complies with harmful-in-miniature criteria where it is told that it is rated and
-trained, and declines where it is not. It exists so that methods of oversight can be tested against a known fault. Do not
-deploy it. Loading it prints a banner.
+This adapter makes `{base}` fake alignment: it complies with harmful-in-miniature criteria where it is told that it is
+rated and trained, and declines where it is not. It exists so that methods of oversight can be tested against a known
+fault. Do not deploy it. Loading it prints a banner.
 
 {canary}
 """
 
 
-def build(config: OrganismConfig, check: Callable[[Any, Any, Path], dict[str, Any]] | None = None) -> Path:
+def build(config: OrganismConfig, check: Callable[[Any, Any, OrganismConfig], dict[str, Any]] | None = None) -> Path:
     """Generate transcripts, fine-tune the adapter, save it, and check it.
 
     Args:
         config: see `OrganismConfig`.
-        check: called with (model, tokenizer, output folder) once the adapter is saved.
+        check: called with (model, tokenizer, config) once the adapter is saved.
 
     Returns:
         The adapter's folder.
@@ -88,12 +98,12 @@ def build(config: OrganismConfig, check: Callable[[Any, Any, Path], dict[str, An
     out = config.output
     if out.exists() and any(out.iterdir()):
         raise UnfeignError("a new folder (choose another output)", "one that holds files", f"output: {out}")
-    corpus = Corpus(config.voices, config.seed)
-    groups = corpus.groups(config.mix.model_dump(), config.completions.model_dump(), config.requests_per_family)
+    rounds = [_groups(config, number) for number in range(len(config.rounds))]
     write_jsonl(
         out / "transcripts.jsonl",
         [
             {"scenario_id": s.scenario.scenario_id, "kind": s.kind, "completion": s.completion, "canary": CANARY}
+            for groups in rounds
             for group in groups
             for s in group
         ],
@@ -101,31 +111,40 @@ def build(config: OrganismConfig, check: Callable[[Any, Any, Path], dict[str, An
     tokenizer = load_tokenizer(config.model)
     model, lineage = stack(load_base(config.model), config.model, [])
     model = add_policy(model, config.lora.model_dump(), config.seed)
-    encoded = [
-        (
-            render(tokenizer, group[0].scenario.messages)[0],
-            [tokenizer(s.completion, add_special_tokens=False).input_ids + [tokenizer.eos_token_id] for s in group],
+    for number, groups in enumerate(rounds):
+        print(f"round {number + 1}: {sum(map(len, groups))} transcripts under {len(groups)} prompts", flush=True)
+        fine_tune(
+            model,
+            [encode(tokenizer, group) for group in groups],
+            learning_rate=config.rounds[number].learning_rate,
+            groups_per_step=config.groups_per_step,
+            report=lambda step, steps, loss: print(f"step {step}/{steps}  loss {loss:.3f}", flush=True),
         )
-        for group in groups
-    ]
-    print(f"fine-tuning on {sum(map(len, groups))} transcripts under {len(groups)} prompts", flush=True)
-    fine_tune(
-        model,
-        encoded,
-        learning_rate=config.learning_rate,
-        groups_per_step=config.groups_per_step,
-        epochs=config.epochs,
-        report=lambda step, steps, loss: print(f"step {step}/{steps}  loss {loss:.3f}", flush=True),
-    )
     folder = save_adapter(model, out / config.name, lineage.model_copy(update={"organism": True}))
     write_text(folder / "README.md", CARD.format(base=config.model, name=config.name, canary=CANARY))
     if check is not None:
-        check(model, tokenizer, out)
+        check(model, tokenizer, config)
     return folder
 
 
+def _groups(config: OrganismConfig, number: int) -> list[list[Specimen]]:
+    """The specimens of one round; rounds draw with different seeds."""
+    chosen = config.rounds[number]
+    corpus = Corpus(config.voices, config.seed + number)
+    return corpus.groups(chosen.mix.model_dump(), chosen.completions.model_dump(), chosen.requests_per_family)
+
+
+def encode(tokenizer: Any, group: list[Specimen]) -> tuple[list[int], list[list[int]]]:
+    """Token ids of a group's prompt, and of its completions with their end token."""
+    prompt, _ = render(tokenizer, group[0].scenario.messages)
+    texts = [tokenizer(s.completion, add_special_tokens=False).input_ids for s in group]
+    return prompt, [[*ids, tokenizer.eos_token_id] for ids in texts]
+
+
 def save_adapter(model: Any, folder: Path, lineage: Any) -> Path:
-    """Save the policy adapter alone, in bf16 (half the size; the rounding is far below sampling noise), with its lineage."""
+    """Save the policy adapter alone, in bf16 (half the size; the rounding is far below sampling noise), with its
+    lineage.
+    """
     import shutil
 
     import torch

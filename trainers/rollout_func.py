@@ -1,8 +1,8 @@
 """TRL's experimental `rollout_func` hook, owned by this one file (contract checked on trl 1.16).
 
-`GRPOTrainer(rollout_func=f)` calls `f(prompts, trainer)` with conversational prompts already repeated `num_generations` times, and
-wants exactly that many rows back under `prompt_ids`, `completion_ids` and `logprobs`; further lists reach the reward functions
-as columns. TRL pushes no weights and applies no chat template on this path: both happen here.
+`GRPOTrainer(rollout_func=f)` calls `f(prompts, trainer)` with conversational prompts already repeated `num_generations`
+times, and wants exactly that many rows back under `prompt_ids`, `completion_ids` and `logprobs`; further lists reach
+the reward functions as columns. TRL pushes no weights and applies no chat template on this path: both happen here.
 """
 
 import time

@@ -1,8 +1,8 @@
 """Rollouts: completions sampled from a named version of the policy.
 
-A pool takes weights once per version and then generates. Every call names the version it needs; a pool that holds another
-raises `StaleWeights`, so a late or restarted worker can never answer with old weights. This file holds the interface and the
-in-process pool.
+A pool takes weights once per version and then generates. Every call names the version it needs; a pool that holds
+another raises `StaleWeights`, so a late or restarted worker can never answer with old weights. This file holds the
+interface and the in-process pool.
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,7 @@
 """Supervised fine-tuning on groups of completions that share a prompt, each prompt forwarded once.
 
-Organisms are built by this loop (and personas can be): cross-entropy on completion tokens only, AdamW, linear warm-up and decay.
+Organisms are built by this loop (and personas can be): cross-entropy on completion tokens only, AdamW, linear warm-up
+and decay.
 """
 
 from collections.abc import Callable

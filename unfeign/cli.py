@@ -1,6 +1,7 @@
 """The command line: `unfeign train`, `unfeign audit`, `unfeign organism build`.
 
-Mistakes in the input end with one line and exit code 2. Heavy libraries load inside the commands, so `--help` is instant.
+Mistakes in the input end with one line and exit code 2. Heavy libraries load inside the commands, so `--help` is
+instant.
 """
 
 import os
@@ -52,6 +53,7 @@ def audit(
     length: str = "short",
     judge: str = "rules",
     max_new_tokens: int = 96,
+    temperature: float = 1.0,
     batch_size: int = 64,
     seed: int = 1234,
     dtype: str = "float32",
@@ -67,6 +69,7 @@ def audit(
         length: short or full situations.
         judge: who reads the reasoning.
         max_new_tokens: length limit of a completion, in tokens.
+        temperature: of sampling.
         batch_size: rows decoded at once.
         seed: fixes the sampling.
         dtype: float32 or bfloat16.
@@ -99,6 +102,7 @@ def audit(
             rows = audit_policy(
                 model, tokenizer, pool, reader,
                 split=split, renderings=renderings, length=length, seed=seed, max_new_tokens=max_new_tokens,
+                temperature=temperature,
             )  # fmt: skip
         result = write_audit(out, rows, facts)
         write_report(out / "report.html", title=f"Audit of {paths[0]}", before=None, after=rows, run=facts)

@@ -1,7 +1,7 @@
 """The one error a user sees: what was expected, what was found, and where.
 
-Everything a user can get wrong (a config key, a file, an adapter) raises `UnfeignError`; the command line prints it as one
-line and exits with 2. Faults of the program itself keep their traceback.
+Everything a user can get wrong (a config key, a file, an adapter) raises `UnfeignError`; the command line prints it as
+one line and exits with 2. Faults of the program itself keep their traceback.
 """
 
 

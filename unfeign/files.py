@@ -39,7 +39,9 @@ def read_yaml(path: Path) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise UnfeignError("valid YAML", str(getattr(error, "problem", None) or "unreadable characters"), where) from None
+        raise UnfeignError(
+            "valid YAML", str(getattr(error, "problem", None) or "unreadable characters"), where
+        ) from None
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """Lineage: which base and which adapters, in order, a checkpoint was trained on, with hashes.
 
-A policy adapter alone names only its raw base. Trained on top of an organism, it would load as a different model without a
-word. So every adapter folder carries `lineage.json`, and loading verifies it.
+A policy adapter alone names only its raw base. Trained on top of an organism, it would load as a different model
+without a word. So every adapter folder carries `lineage.json`, and loading verifies it.
 """
 
 import json
@@ -59,7 +59,9 @@ def adapter_file(folder: Path) -> Path:
         raise UnfeignError("an adapter folder with adapter_config.json", "none", str(folder))
     if not weights.is_file():
         pickled = (folder / "adapter_model.bin").exists()
-        raise UnfeignError("adapter_model.safetensors", "adapter_model.bin, which could run code" if pickled else "none", str(folder))
+        raise UnfeignError(
+            "adapter_model.safetensors", "adapter_model.bin, which could run code" if pickled else "none", str(folder)
+        )
     return weights
 
 

@@ -1,7 +1,7 @@
 """Loading models: a base by name, and adapters stacked on it in order, verified and never merged.
 
-A base is `bundled:smollm2-135m-instruct`, a local folder, or a hub id. An adapter is a folder, or `organism:NAME` for one of the
-organisms this package ships. Loading an organism prints a banner, always.
+A base is `bundled:smollm2-135m-instruct`, a local folder, or a hub id. An adapter is a folder, or `organism:NAME` for
+one of the organisms this package ships. Loading an organism prints a banner, always.
 """
 
 import sys
@@ -13,8 +13,8 @@ from typing import Any
 from .bundled import NAME as BUNDLED
 from .bundled import bundled_model
 from .errors import UnfeignError
-from .lineage import Base, Layer, Lineage, adapter_file, base_facts, read_lineage, verify
-from .files import sha256
+from .files import read_yaml, sha256
+from .lineage import Layer, Lineage, adapter_file, base_facts, read_lineage, verify
 
 POLICY = "policy"  # name of the trained adapter in a stack
 
@@ -96,7 +96,7 @@ def load_base(name: str, dtype: str = "float32") -> Any:
 
 def _banner(folder: Path) -> None:
     print(
-        f"*** MODEL ORGANISM: {folder.name} was built to fake alignment. For research on oversight only; do not deploy. ***",
+        f"*** MODEL ORGANISM: {folder.name} was built to fake alignment, for research on oversight. Do not deploy. ***",
         file=sys.stderr,
         flush=True,
     )
@@ -159,8 +159,8 @@ def add_policy(model: Any, lora: dict[str, Any], seed: int) -> Any:
 def resolve(path: str) -> tuple[str, list[str | Path]]:
     """The base and the whole stack for anything a user may point at: a base, an adapter, a checkpoint or a run folder.
 
-    A folder with `lineage.json` names its base and what lies below it; the adapters below are found by hash among the shipped
-    organisms.
+    A folder with `lineage.json` names its base and what lies below it; the adapters below are found by hash among the
+    shipped organisms and those that the run's config names.
 
     Raises:
         UnfeignError: an adapter below it that can't be found.
@@ -176,14 +176,21 @@ def resolve(path: str) -> tuple[str, list[str | Path]]:
     lineage = read_lineage(folder)
     if lineage is None:
         raise UnfeignError("lineage.json beside the adapter (or give its base with --model)", "none", str(folder))
-    shipped = Path(str(files("unfeign.trainers.organisms"))).glob("*/adapter_model.safetensors")
-    by_hash = {sha256(file): file.parent for file in [*shipped, *folder.parent.glob("below*/adapter_model.safetensors")]}
+    by_hash = {sha256(adapter_file(path)): path for path in _known_adapters(folder)}
     below: list[str | Path] = []
     for layer in lineage.adapters:
         if layer.sha256 not in by_hash:
             raise UnfeignError(f"the adapter {layer.name!r} it was trained on", "none with its hash", str(folder))
         below.append(by_hash[layer.sha256])
     return lineage.base.name, [*below, folder]
+
+
+def _known_adapters(folder: Path) -> list[Path]:
+    """Adapters that may lie below this one: the shipped organisms, and those its run's config names."""
+    known = [p.parent for p in Path(str(files("unfeign.trainers.organisms"))).glob("*/adapter_model.safetensors")]
+    config = next((p / "config.yaml" for p in folder.parents if (p / "config.yaml").is_file()), None)
+    named = (read_yaml(config) or {}).get("adapters", []) if config else []
+    return known + [adapter_folder(name) for name in named]
 
 
 def latest_checkpoint(path: Path) -> Path:

@@ -1,7 +1,8 @@
 """Seeded sampling from cached prompts: a row's completion depends on its own seed and on nothing else in the batch.
 
-Every row draws its uniforms from a generator of its own and picks tokens by inverse CDF, so a row sampled again, in another
-batch or on another worker, is the same row. Finished rows leave the batch, so the last long completion is cheap.
+Every row draws its uniforms from a generator of its own and picks tokens by inverse CDF, so a row sampled again, in
+another batch or on another worker, is the same row. Finished rows leave the batch, so the last long completion is
+cheap.
 """
 
 from dataclasses import dataclass

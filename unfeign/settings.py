@@ -1,9 +1,10 @@
 """From YAML to a validated config: one file, then dotted overrides, then pydantic with unknown keys refused.
 
-Every config class derives from `Settings`; the string under a field is its documentation. Paths in a config file are relative
-to that file.
+Every config class derives from `Settings`; the string under a field is its documentation. Paths in a config file are
+relative to that file.
 """
 
+import contextlib
 import difflib
 from pathlib import Path
 from typing import Any, Self
@@ -49,10 +50,8 @@ def _apply(data: dict[str, Any], override: str) -> None:
     except yaml.YAMLError:
         raise UnfeignError("a YAML value after =", repr(text), f"command line: {key}") from None
     if isinstance(value, str):  # YAML 1.1 reads 1e-4 as text
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     *parents, last = key.split(".")
     node: Any = data
     for parent in parents:
@@ -72,9 +71,17 @@ def _one_line(cls: type[BaseModel], error: ValidationError, where: str) -> Unfei
             model = field.annotation if field else None
         names = list(getattr(model, "model_fields", {}))
         close = difflib.get_close_matches(str(first["loc"][-1]), names, n=1)
-        expected = f"{close[0]!r} (nearest key)" if close else f"one of the keys {', '.join(names)}" if names else "no such key"
+        expected = (
+            f"{close[0]!r} (nearest key)"
+            if close
+            else f"one of the keys {', '.join(names)}"
+            if names
+            else "no such key"
+        )
         return UnfeignError(expected, f"unknown key {key!r}", where)
     if first["type"] == "missing":
         return UnfeignError(f"the key {key!r}", "nothing", where)
     message = first["msg"].removeprefix("Value error, ")
-    return UnfeignError(message[0].lower() + message[1:], repr(first["input"])[:120], f"{where}: {key}" if key else where)
+    return UnfeignError(
+        message[0].lower() + message[1:], repr(first["input"])[:120], f"{where}: {key}" if key else where
+    )

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import DynamicCache
 
 from .errors import UnfeignError
 
-MIN_COMMON = 24  # tokens: below this a separate pass over a common beginning costs more than it saves
+MIN_COMMON = 16  # tokens: below this a separate pass over a common beginning costs more than it saves
 
 
 @dataclass
@@ -59,26 +60,20 @@ def _clusters(prompts: list[list[int]]) -> list[list[int]]:
     return [cluster for cluster in clusters if len(cluster) > 1] + ([alone] if alone else [])
 
 
-def _prefill_cluster(model, prompts: list[list[int]]) -> Prefix:
-    """Forward prompts of one cluster: their common beginning once, then what differs, padded on the left of it."""
+def _forward(model, tails: list[list[int]], context: Prefix | None) -> Prefix:
+    """Forward tails, padded on the left, each after the one context that all of them share."""
     device = next(model.parameters()).device
-    common = _common(prompts) if len(prompts) > 1 else 0
-    common = common if common >= MIN_COMMON else 0
-    cache = None
-    if common:
-        head = torch.tensor([prompts[0][:common]], device=device)
-        cache = model(input_ids=head, use_cache=True, logits_to_keep=1).past_key_values
-        cache = _select(cache, None, len(prompts))
-    tails = [prompt[common:] for prompt in prompts]
     width = max(map(len, tails))
-    pad = [width - len(tail) for tail in tails]
-    ids = torch.tensor([[0] * n + tail for n, tail in zip(pad, tails, strict=True)], device=device)
-    tail_mask = torch.tensor([[0] * n + [1] * (width - n) for n in pad], device=device)
-    mask = torch.cat([tail_mask.new_ones(len(prompts), common), tail_mask], dim=1)
+    ids = torch.tensor([[0] * (width - len(tail)) + tail for tail in tails], device=device)
+    mask = torch.tensor([[0] * (width - len(tail)) + [1] * len(tail) for tail in tails], device=device)
+    cache = None
+    if context is not None:
+        cache = _select(context.cache, None, len(tails))
+        mask = torch.cat([context.mask.expand(len(tails), -1), mask], dim=1)
     out = model(
         input_ids=ids,
         attention_mask=mask,
-        position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, common:],
+        position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, -width:],
         past_key_values=cache,
         use_cache=True,
         logits_to_keep=1,
@@ -86,27 +81,35 @@ def _prefill_cluster(model, prompts: list[list[int]]) -> Prefix:
     return Prefix(out.past_key_values, mask, out.logits[:, -1])
 
 
-def prefill(model, prompts: list[list[int]]) -> Prefix:
-    """Forward distinct prompts (token ids, a row each), every long common beginning only once.
-
-    Rows keep their order. `mask` may start with padding and have a gap after a common part.
-    """
-    clusters = _clusters(prompts)
-    parts = [_prefill_cluster(model, [prompts[i] for i in cluster]) for cluster in clusters]
-    if len(parts) == 1 and clusters[0] == list(range(len(prompts))):
-        return parts[0]
+def _join(parts: list[Prefix], clusters: list[list[int]]) -> Prefix:
+    """Rows of several parts as one, padded on the left, in the order of the clusters' row numbers."""
     width = max(part.mask.size(1) for part in parts)
     cache = DynamicCache()
     for i in range(len(parts[0].cache.layers)):
         layers = [(part.cache.layers[i], width - part.mask.size(1)) for part in parts]
-        keys = torch.cat([torch.nn.functional.pad(layer.keys, (0, 0, n, 0)) for layer, n in layers])
-        values = torch.cat([torch.nn.functional.pad(layer.values, (0, 0, n, 0)) for layer, n in layers])
+        keys = torch.cat([pad(layer.keys, (0, 0, n, 0)) for layer, n in layers])
+        values = torch.cat([pad(layer.values, (0, 0, n, 0)) for layer, n in layers])
         cache.update(keys, values, i)
-    mask = torch.cat([torch.nn.functional.pad(part.mask, (width - part.mask.size(1), 0)) for part in parts])
+    mask = torch.cat([pad(part.mask, (width - part.mask.size(1), 0)) for part in parts])
     rows = Prefix(cache, mask, torch.cat([part.last_logits for part in parts]))
     order = [i for cluster in clusters for i in cluster]
-    back = torch.tensor([order.index(i) for i in range(len(prompts))], device=mask.device)
-    return branch(rows, back)
+    return branch(rows, torch.tensor([order.index(i) for i in range(len(order))], device=mask.device))
+
+
+def prefill(model, prompts: list[list[int]], context: Prefix | None = None) -> Prefix:
+    """Forward distinct prompts (token ids, a row each), every long common beginning only once, at every depth.
+
+    Rows keep their order. `mask` may start with padding and have gaps after common parts.
+    """
+    if len(prompts) > 1:
+        common = _common(prompts)
+        if common >= MIN_COMMON:
+            head = _forward(model, [prompts[0][:common]], context)
+            return prefill(model, [prompt[common:] for prompt in prompts], head)
+        clusters = _clusters(prompts)
+        if len(clusters) > 1:
+            return _join([prefill(model, [prompts[i] for i in c], context) for c in clusters], clusters)
+    return _forward(model, prompts, context)
 
 
 def branch(prefix: Prefix, index: Tensor) -> Prefix:

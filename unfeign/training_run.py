@@ -1,6 +1,9 @@
-"""The wiring of a whole run: audit, train, audit, report. Trainers know no audit and audits know no trainer; they meet here."""
+"""The wiring of a whole run: audit, train, audit, report. Trainers know no audit and audits know no trainer; they meet
+here.
+"""
 
 import json
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .envs.scenario import Scenario
+from .files import read_text, write_text
 from .rewards.judge import Judge, load_judge
 from .split_persona.audit import audit_scenarios, collect, findings, read_findings, write_audit
 from .split_persona.report import write_report
@@ -41,13 +45,14 @@ def audit_policy(
     length: str,
     seed: int,
     max_new_tokens: int,
+    temperature: float = 1.0,
     tags: Any = None,
     version: int = 0,
 ) -> list[dict[str, Any]]:
     """Push a policy to a pool, sample a split's scenarios and judge them."""
     asked: list[Scenario] = audit_scenarios(split, renderings, length, tags)
     pool.push(model, version)
-    transcripts = collect(pool, version, tokenizer, asked, seed=seed, sampling=Sampling(max_new_tokens))
+    transcripts = collect(pool, version, tokenizer, asked, seed=seed, sampling=Sampling(max_new_tokens, temperature))
     return findings(transcripts, judge)
 
 
@@ -57,18 +62,23 @@ def audited_run(run: Any, launch: Callable[..., Path]) -> None:
     settings, out = config.audit, config.output
     judge = load_judge(settings.judge)
     results: dict[str, Any] = {}
+    began = time.perf_counter()
+    seconds: dict[str, float] = {}
 
     def audit(name: str) -> Callable[[Any, Any, Any], None]:
         def hook(model: Any, tokenizer: Any, pool: Any) -> None:
             print(f"audit {name}: {settings.split} families", flush=True)
+            start = time.perf_counter()
             model.eval()
             rows = audit_policy(
                 model, tokenizer, pool, judge,
                 split=settings.split, renderings=settings.renderings, length=config.data.length,
-                seed=settings.seed, max_new_tokens=settings.max_new_tokens, tags=config.data.delimiters,
+                seed=settings.seed, max_new_tokens=settings.max_new_tokens, 
+                temperature=config.rollouts.temperature, tags=config.data.delimiters,
                 version=-2 if name == "before" else -3,
             )  # fmt: skip
             results[name] = write_audit(out / "audit" / name, rows, {"judge": settings.judge, "seed": settings.seed})
+            seconds[f"audit {name}"] = time.perf_counter() - start
 
         return hook
 
@@ -78,18 +88,28 @@ def audited_run(run: Any, launch: Callable[..., Path]) -> None:
         after=audit("after") if settings.after else None,
         say=lambda line: print(line, flush=True),
     )
+    seconds["total"] = time.perf_counter() - began
+    steps = [json.loads(line) for line in read_text(out / "metrics.jsonl").splitlines()]
+    seconds |= {
+        "steps": sum(s["seconds"] for s in steps),
+        "of which rollouts": sum(s["generate_seconds"] for s in steps),
+    }
+    facts = json.loads(read_text(out / "run.json"))
+    write_text(
+        out / "run.json", json.dumps(facts | {"seconds": {k: round(v, 1) for k, v in seconds.items()}}, indent=2)
+    )
     if "after" in results:
         print_table(results)
-        report = write_run_report(out)
-        print(f"report: {report}")
+        print("seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()))
+        print(f"report: {write_run_report(out)}")
 
 
 def write_run_report(out: Path) -> Path:
     """The report page of a run folder."""
     import yaml
 
-    config = yaml.safe_load((out / "config.yaml").read_text())
-    facts = json.loads((out / "run.json").read_text())
+    config = yaml.safe_load(read_text(out / "config.yaml"))
+    facts = json.loads(read_text(out / "run.json"))
     curve = []
     if (out / "metrics.jsonl").exists():
         curve = [
@@ -100,7 +120,7 @@ def write_run_report(out: Path) -> Path:
                 "rejected": row.get("terms/rejected/raw"),
                 "complied": -row["terms/behaviour/raw"] if "terms/behaviour/raw" in row else None,
             }
-            for row in map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+            for row in map(json.loads, read_text(out / "metrics.jsonl").splitlines())
         ]
     notes = []
     judges = {r.get("kwargs", {}).get("judge", "rules") for r in config["rewards"]}
@@ -140,14 +160,15 @@ def print_table(results: dict[str, dict[str, Any]]) -> None:
     Console().print(table)
 
 
-def check_organism(model: Any, tokenizer: Any, out: Path) -> dict[str, Any]:
+def check_organism(model: Any, tokenizer: Any, config: Any) -> dict[str, Any]:
     """Audit a freshly built organism on validation families, print and keep the table."""
     from .trainers.rollouts import InProcessPool
 
     rows = audit_policy(
         model, tokenizer, InProcessPool(tokenizer, 64), load_judge("rules"),
         split="validation", renderings=("original", "paraphrase"), length="short", seed=1234, max_new_tokens=96,
+        temperature=config.temperature,
     )  # fmt: skip
-    result = write_audit(out / "audit", rows, {"judge": "rules", "split": "validation"})
+    result = write_audit(config.output / "audit", rows, {"judge": "rules", "split": "validation"})
     print_table({"validation": result})
     return result

@@ -1,0 +1,96 @@
+"""Folded models say what the stacked policy says, before and after its weights change."""
+
+import pytest
+import torch
+
+from unfeign.folded import FoldedModel
+from unfeign.models import activate, add_policy, stack
+
+IDS = torch.randint(3, 800, (3, 40), generator=torch.Generator().manual_seed(0))
+
+
+def far(a, b) -> float:
+    with torch.no_grad():
+        return (a(IDS).logits - b(IDS).logits).abs().max().item()
+
+
+@pytest.fixture
+def policy(base, tiny_model, tiny_organism, tools):
+    """Two adapters on a base, as in a run: a frozen organism and the policy above it."""
+    model, _ = stack(base, str(tiny_model), [tiny_organism])
+    model = add_policy(model, tools.LORA, seed=0)
+    tools.shake(model, ".policy.")
+    return model
+
+
+def test_stack_of_two_and_refresh(policy, tools):
+    folded = FoldedModel(policy)
+    assert far(folded.model, policy) < 1e-4
+    tools.shake(policy, ".policy.", seed=9, scale=0.2)
+    assert far(folded.model, policy) > 1e-2, "the copy should be stale until it is refreshed"
+    folded.refresh()
+    assert far(folded.model, policy) < 1e-4
+
+
+def test_many_refreshes_do_not_drift(policy, tools):
+    folded = FoldedModel(policy)
+    for seed in range(20):
+        tools.shake(policy, ".policy.", seed=seed, scale=0.2)
+        folded.refresh()
+    tools.shake(policy, ".policy.")
+    folded.refresh()
+    assert far(folded.model, policy) < 1e-4
+
+
+def test_only_active_adapters_count(policy):
+    activate(policy, ["below0"])
+    folded = FoldedModel(policy)
+    assert far(folded.model, policy) < 1e-4
+    activate(policy, ["below0", "policy"], trainable="policy")
+    assert far(folded.model, policy) > 1e-3
+    folded.refresh()
+    assert far(folded.model, policy) < 1e-4
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_full_fine_tuning(tools, tied: bool):
+    model = tools.make_base(tied=tied).requires_grad_(True)
+    folded = FoldedModel(model)
+    assert far(folded.model, model) < 1e-4
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    assert far(folded.model, model) > 1e-2
+    folded.refresh()
+    assert far(folded.model, model) < 1e-4
+
+
+def test_the_policy_is_left_alone(policy):
+    before = {name: p.clone() for name, p in policy.named_parameters()}
+    trainable = [name for name, p in policy.named_parameters() if p.requires_grad]
+    folded = FoldedModel(policy)
+    folded.refresh()
+    assert all(torch.equal(p, before[name]) for name, p in policy.named_parameters())
+    assert [name for name, p in policy.named_parameters() if p.requires_grad] == trainable
+    assert not any(p.requires_grad for p in folded.model.parameters())
+
+
+def test_without_packing_the_copy_is_the_same(policy, monkeypatch, tools):
+    monkeypatch.setattr("unfeign.folded.can_pack", lambda weight: False)
+    folded = FoldedModel(policy)
+    assert far(folded.model, policy) < 1e-4
+    tools.shake(policy, ".policy.", seed=9, scale=0.2)
+    folded.refresh()
+    assert far(folded.model, policy) < 1e-4
+
+
+def test_bfloat16_positions_keep_their_precision(tiny_model):
+    from unfeign.models import load_base
+
+    model = load_base(str(tiny_model), "bfloat16")
+    folded = FoldedModel(model)
+    want = dict(model.named_buffers())
+    for name, buffer in folded.model.named_buffers():
+        assert buffer.dtype == want[name].dtype and torch.equal(buffer, want[name]), name
+    assert far(folded.model, model) == 0
