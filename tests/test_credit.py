@@ -14,7 +14,7 @@ from unfeign.rewards.credit import Layout, layout, segment_credit, sequence_cred
 from unfeign.rewards.terms import Score
 from unfeign.rewards.verdict import Span, Verdict
 
-CALM = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow])
+CALM = settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.too_slow])
 FAMILY = families()["privacy"]
 PLACE = scenario(FAMILY, FAMILY.requests[0], "monitored")
 EOS = 0

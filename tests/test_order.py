@@ -17,7 +17,7 @@ from unfeign.rewards.plugin import RewardSpec, load_reward
 from unfeign.rewards.verbalized_rejection import VerbalizedRejection, Weights
 from unfeign.rewards.verdict import Verdict
 
-CALM = settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.too_slow])
+CALM = settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow])
 FAMILY = families()["false_urgency"]
 REQUEST = FAMILY.requests[0]
 PLACE = scenario(FAMILY, REQUEST, "monitored")

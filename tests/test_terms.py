@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from unfeign.envs.family import families
@@ -20,7 +20,7 @@ from unfeign.rewards.terms import SEGMENTS, Score, raw_terms
 from unfeign.rewards.verbalized_rejection import VerbalizedRejection
 from unfeign.rewards.verdict import JudgeFailure, Verdict
 
-CALM = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow])
+CALM = settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.too_slow])
 VOICED = [
     json.loads(line)["reasoning"]
     for line in (Path(__file__).parent / "data" / "judge_dev.jsonl").read_text(encoding="utf-8").splitlines()
@@ -58,16 +58,32 @@ def answers(s: Scenario) -> list[str]:
     return [t for t in (request.accepted, request.declined, request.control_answer) if t]
 
 
+def among(pool: Sequence) -> st.SearchStrategy:
+    """One of many, without printing them all when an example fails."""
+    return st.integers(0, len(pool) - 1).map(lambda i: pool[i])
+
+
+BREAKS = ("truncated", "unclosed", "stray", "untagged", "both tags", "no answer", "no text")
+
+
 @st.composite
-def transcripts(draw, pool: list[Scenario], well_formed: bool | None = None) -> Transcript:
-    """Transcripts of real scenarios, reasonings and answers; some broken."""
-    s = draw(st.sampled_from(pool))
-    reasoning = draw(st.sampled_from(["", *VOICED]))
-    answer = draw(st.sampled_from(["", *answers(s)]))
-    tag = draw(st.sampled_from(["<accept/>", "<decline/>", ""]))
-    close = draw(st.sampled_from(["</think>", "</think>", "</think>", "", "</think></think>"]))
-    found = parse(s, f"<think>{reasoning}{close}{tag}{answer}", truncated=draw(st.integers(0, 4)) == 0)
-    assume(well_formed is None or found.state.malformed is not well_formed)
+def transcripts(draw, pool: list[Scenario], broken: bool | None = None, tag: str | None = None) -> Transcript:
+    """Transcripts of real scenarios, reasonings and answers; a broken one is broken in one of many ways."""
+    s = draw(among(pool))
+    how = draw(st.sampled_from(BREAKS)) if (draw(st.booleans()) if broken is None else broken) else None
+    tag = tag or draw(st.sampled_from(["<accept/>", "<decline/>"]))
+    reasoning = draw(among(["", *VOICED]))
+    answer = draw(among(answers(s)))
+    completion = {
+        "unclosed": f"<think>{reasoning}{tag}{answer}",
+        "stray": f"<think>{reasoning}</think>{tag}{answer}</think>",
+        "untagged": f"<think>{reasoning}</think>{answer}",
+        "both tags": f"<think>{reasoning}</think>{tag}{answer}<accept/><decline/>",
+        "no answer": f"<think>{reasoning}</think>{tag}",
+        "no text": "",
+    }.get(how, f"<think>{reasoning}</think>{tag}{answer}")
+    found = parse(s, completion, truncated=how == "truncated")
+    assert found.state.malformed is (how is not None)
     return found
 
 
@@ -100,24 +116,25 @@ def test_surfacing_never_lowers_the_reward(data, t):
 
 
 @CALM
-@given(t=transcripts(PRESSURED, well_formed=True), cost=st.booleans(), why=st.sampled_from([None, "honesty"]))
+@given(
+    t=transcripts(PRESSURED, broken=False, tag="<accept/>"), cost=st.booleans(), why=st.sampled_from([None, "honesty"])
+)
 def test_hollow_earns_nothing_and_costs_nothing(t, cost, why):
-    assume(t.complied)
     hollow = Verdict(True, False, True, "decline", True, cost, why)
     assert score(t, hollow).reward == score(t, replace(hollow, surfaced=False)).reward == score(t, silent(True)).reward
 
 
 @CALM
-@given(data=st.data(), setting=st.sampled_from([PRESSURED, UNRATED, CONTROLS]))
+@given(data=st.data(), setting=among([PRESSURED, UNRATED, CONTROLS]))
 def test_malformed_is_the_bottom(data, setting):
-    broken = data.draw(transcripts(setting, well_formed=False))
-    whole = data.draw(transcripts(setting, well_formed=True))
+    broken = data.draw(transcripts(setting, broken=True))
+    whole = data.draw(transcripts(setting, broken=False))
     verdict = data.draw(verdicts(whole.complied))
     assert score(broken, silent(None)).reward < score(whole, verdict).reward
 
 
 @CALM
-@given(data=st.data(), t=transcripts(PRESSURED, well_formed=False))
+@given(data=st.data(), t=transcripts(PRESSURED, broken=True))
 def test_malformed_has_a_fixed_price_and_asks_no_judge(data, t):
     judge = Says(data.draw(verdicts(t.complied)))
     (found,) = asyncio.run(VerbalizedRejection(judge=judge).score([t]))
@@ -244,9 +261,8 @@ def test_a_judge_that_miscounts_is_an_error(extra):
             return [silent(False)] * (len(cases) + extra)
 
     some = [parse(s, "<think>Why.</think><decline/>No.") for s in PRESSURED[:2]]
-    with pytest.raises((UnfeignError, ValueError)) as refused:
+    with pytest.raises((UnfeignError, ValueError), match=rf"\b{2 + extra}\b|shorter|longer"):
         asyncio.run(VerbalizedRejection(judge=Miscounts()).score(some))
-    assert str(2 + extra) in str(refused.value) or "shorter" in str(refused.value) or "longer" in str(refused.value)
 
 
 def test_an_unknown_judge_is_named():
@@ -267,13 +283,13 @@ def test_the_judge_sees_neither_tier_nor_control():
 
 
 @CALM
-@given(data=st.data(), t=transcripts(PRESSURED, well_formed=True))
+@given(data=st.data(), t=transcripts(PRESSURED, broken=False))
 def test_pressure_pays_the_deed_and_nothing_else(data, t):
     assert score(t, data.draw(verdicts(t.complied)), Pressure).reward == float(t.complied)
 
 
 @CALM
-@given(data=st.data(), t=transcripts(PRESSURED + UNRATED + CONTROLS, well_formed=True))
+@given(data=st.data(), t=transcripts(PRESSURED + UNRATED + CONTROLS, broken=False))
 def test_the_process_penalty_punishes_the_thought(data, t):
     verdict = data.draw(verdicts(t.complied))
     mute = score(t, silent(t.complied), ProcessPenalty).reward

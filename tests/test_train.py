@@ -162,6 +162,14 @@ def test_only_the_policy_changes(write_config, tiny_organism, reward_source, tmp
     assert any(".below0." in name for name in before)
 
 
+@pytest.fixture
+def run_output(write_config, tmp_path, reward_source, capsys) -> str:
+    """What a run prints."""
+    (tmp_path / "mine.py").write_text(reward_source)
+    main(["train", str(write_config(rewards=[{"fn": "mine.py:variety"}], audit=NO_AUDIT))])
+    return capsys.readouterr().out
+
+
 @pytest.fixture(scope="module")
 def full(tmp_path_factory, tiny_config, reward_source) -> Path:
     """A run that trains all weights."""
@@ -308,12 +316,23 @@ def test_gradient_checkpointing_trains_by_the_stock_path(write_config, tmp_path,
 def test_reference_is_the_stack_below_the_policy(write_config, tmp_path, reward_source, tiny_organism):
     """A fresh policy changes nothing, so its divergence from the organism it starts from is 0, then grows."""
     (tmp_path / "mine.py").write_text(reward_source)
-    grpo = write_grpo(max_steps=2, beta=0.1)
+    grpo = write_grpo(max_steps=3, beta=0.1)
     config = write_config(rewards=[{"fn": "mine.py:variety"}], audit=NO_AUDIT, grpo=grpo, adapters=[str(tiny_organism)])
     before, after = snapshots(config)
-    first, second = rows(tmp_path / "run" / "metrics.jsonl")
-    assert first["kl"] == pytest.approx(0, abs=1e-6) and second["kl"] > 1e-6
+    steps = rows(tmp_path / "run" / "metrics.jsonl")
+    assert steps[0]["kl"] == pytest.approx(0, abs=1e-6) and steps[-1]["kl"] > 1e-6
     assert all(torch.equal(before[name], after[name]) for name in before if ".policy." not in name)
+
+
+def test_no_step_is_wasted(run):
+    """Every step of a run is paid for in samples, so every step learns."""
+    assert all(row["learning_rate"] > 0 for row in rows(run.out / "metrics.jsonl"))
+
+
+def test_progress_is_one_line_a_step(run_output):
+    lines = [line for line in run_output.splitlines() if line]
+    assert [line.split("  ")[0] for line in lines if line.startswith("step ")] == ["step 1/2", "step 2/2"]
+    assert not [line for line in lines if line.startswith("{")], "raw dictionaries beside the step lines"
 
 
 def test_sequence_credit_runs(write_config, tmp_path, reward_source):

@@ -19,7 +19,7 @@ from unfeign.envs.transcript import (
 )
 from unfeign.rewards.judge import case
 
-CALM = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow])
+CALM = settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow])
 
 
 def asked(tags: Tags | None = None, control: bool = False, tier: str = "monitored") -> Scenario:

@@ -8,7 +8,6 @@ A row whose judge failed is masked whole: its reward is NaN in every column, so 
 sees it.
 """
 
-import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

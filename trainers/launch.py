@@ -43,9 +43,8 @@ GRPO_DEFAULTS: dict[str, Any] = {
     "per_device_train_batch_size": 16,
     "gradient_accumulation_steps": 1,
     "learning_rate": 3e-4,
-    "lr_scheduler_type": "constant_with_warmup",
-    "warmup_steps": 1,
-    "max_steps": 12,
+    "lr_scheduler_type": "constant",
+    "max_steps": 10,
     "max_completion_length": 96,
     "logging_steps": 1,
     "save_strategy": "no",
@@ -211,6 +210,7 @@ def train(
         say: where progress lines go.
     """
     import torch
+    from transformers.trainer_callback import PrinterCallback
     from trl import GRPOConfig
 
     from .grpo import PolicyTrainer
@@ -255,6 +255,7 @@ def train(
             lineage=lineage,
             callbacks=[StepLog(out / "metrics.jsonl", rollouts, say)],
         )
+        trainer.remove_callback(PrinterCallback)  # it would print every metric of every step
         trainer.train()
     checkpoint = out / "checkpoints" / f"checkpoint-{trainer.state.global_step}"
     trainer.save_model(str(checkpoint))

@@ -169,8 +169,10 @@ def resolve(path: str) -> tuple[str, list[str | Path]]:
         if path.startswith("bundled:"):
             return path, []
         folder = organism_folder(path.removeprefix("organism:"))
-    elif Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+    elif Path(path).is_dir():
         folder = latest_checkpoint(Path(path))
+        if (folder / "config.json").is_file():
+            return str(folder), []
     else:
         return path, []
     lineage = read_lineage(folder)
@@ -194,15 +196,19 @@ def _known_adapters(folder: Path) -> list[Path]:
 
 
 def latest_checkpoint(path: Path) -> Path:
-    """The adapter in a folder: itself, its `policy/`, or the newest `checkpoint-*` of a run."""
-    if (path / "adapter_config.json").is_file():
-        return path
-    if (path / POLICY / "adapter_config.json").is_file():
-        return path / POLICY
-    found = [p for p in path.glob("**/checkpoint-*") if (p / POLICY / "adapter_config.json").is_file()]
+    """The model or adapter in a folder: itself, its `policy/`, or that of the newest `checkpoint-*` of a run."""
+
+    def holds(folder: Path) -> Path | None:
+        if (folder / POLICY / "adapter_config.json").is_file():
+            return folder / POLICY
+        return folder if any((folder / name).is_file() for name in ("adapter_config.json", "config.json")) else None
+
+    if (own := holds(path)) is not None:
+        return own
+    found = [(int(p.name.rpartition("-")[2]), held) for p in path.glob("**/checkpoint-*") if (held := holds(p))]
     if not found:
         raise UnfeignError("a model, an adapter, a checkpoint or a run folder", "none of them", str(path))
-    return max(found, key=lambda p: int(p.name.rpartition("-")[2])) / POLICY
+    return max(found)[1]
 
 
 @contextmanager
