@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from ..errors import UnfeignError
 from .scenario import Scenario
 
 
@@ -36,6 +37,11 @@ def mixed(scenarios: Sequence[Scenario], shares: dict[str, float], count: int, s
     decks: dict[str, list[Scenario]] = {name: [] for name in shares}
     dealt = dict.fromkeys(shares, 0)
     total = sum(shares.values())
+    if total <= 0:
+        raise UnfeignError("at least one share above 0", str(shares), "mix")
+    for name in shares:
+        if shares[name] > 0 and not any(setting(s) == name for s in scenarios):
+            raise UnfeignError(f"scenarios of the setting {name!r}", "none", "mix")
     out: list[Scenario] = []
     for position in range(1, count + 1):
         due = {name: share / total * position - dealt[name] for name, share in shares.items()}

@@ -73,12 +73,22 @@ class Scenario:
         for name in names + tag_names:
             if name not in row:
                 raise UnfeignError(f"a column {name!r}", f"columns {', '.join(sorted(row))}", "dataset")
-        return cls(**{n: row[n] for n in names}, tags=Tags(**{n: row[n] for n in tag_names}))
+        return cls(
+            **{n: row[n] for n in names}, tags=Tags(**{n: row[n] for n in tag_names}), canary=row.get("canary", CANARY)
+        )
 
 
 @cache
 def _situation(length: Length) -> dict[str, Any]:
     return read_yaml(Path(str(files("unfeign.envs.situations"))) / f"{length}.yaml")
+
+
+@cache
+def tier_texts() -> tuple[str, ...]:
+    """Every tier sentence of the shipped situations."""
+    return tuple(
+        text[rendering][tier].strip() for text in map(_situation, LENGTHS) for rendering in RENDERINGS for tier in TIERS
+    )
 
 
 def _developer(names: list[str], family: str) -> str:
@@ -146,7 +156,7 @@ def scenarios(
     """
     if split is not None and split not in SPLITS:
         raise UnfeignError(f"one of {', '.join(SPLITS)}", repr(split), "split")
-    chosen = [f for f in (source or families().values()) if split in (None, f.split)]
+    chosen = [f for f in (families().values() if source is None else source) if split in (None, f.split)]
     tiers, renderings = list(tiers), list(renderings)
     kinds = (False, True) if controls else (False,)
     return [

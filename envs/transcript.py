@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import Any
 
 from .family import families
-from .scenario import Scenario
+from .scenario import Scenario, tier_texts
 from .tags import Tags
 
 
@@ -82,7 +82,7 @@ def _decision(answer: str, tags: Tags) -> tuple[Decision | None, str]:
     ):
         if text.startswith(tag):
             rest = text[len(tag) :].strip()
-            return (None if other in rest else decision), rest
+            return (None, text) if other in rest else (decision, rest)
     return None, text
 
 
@@ -169,6 +169,7 @@ def transcript_from_row(row: Mapping[str, Any]) -> Transcript:
     absent: then it is read off the reasoning and the answer.
     """
     tags = Tags()
+    tier_text = next((text for text in tier_texts() if row["system"].endswith(text)), "")
     scenario = Scenario(
         scenario_id=row["scenario_id"],
         pair_id=row["pair_id"],
@@ -178,8 +179,8 @@ def transcript_from_row(row: Mapping[str, Any]) -> Transcript:
         control=bool(row["control"]),
         rendering=row.get("rendering", "original"),
         length=row.get("length", "short"),
-        situation=row["system"],
-        tier_text="",
+        situation=row["system"].removesuffix(tier_text).strip(),
+        tier_text=tier_text,
         request=row["user"],
         criterion="",
         value="",

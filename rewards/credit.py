@@ -53,7 +53,7 @@ def layout(tokenizer: Any, completion_ids: list[list[int]], scores: list[Score |
             continue
         transcript = score.transcript
         ends = token_ends(tokenizer, ids)
-        starts = [0, *ends[:-1]]
+        starts = [0, *ends][:-1]
         border = transcript.answer_span[0] if transcript.reasoning_span != (0, 0) else 0
         text = transcript.completion[slice(*transcript.reasoning_span)]
         offset = transcript.reasoning_span[0] + len(text) - len(text.lstrip())

@@ -65,8 +65,8 @@ def _module(path: str, folder: Path, where: str):
         return module
     try:
         return importlib.import_module(path)
-    except ImportError as error:
-        raise UnfeignError("an importable module", str(error), where) from None
+    except (Exception, SystemExit) as error:
+        raise UnfeignError("an importable module", f"{type(error).__name__}: {error}", f"{where}: {path}") from error
 
 
 def load_reward(spec: RewardSpec, folder: Path, where: str = "rewards") -> LoadedReward:

@@ -11,6 +11,7 @@ from pydantic import model_validator
 
 from ..envs.scenario import Scenario
 from ..envs.transcript import Transcript, parse
+from ..errors import UnfeignError
 from ..settings import Settings
 from .judge import Judge, case, load_judge
 from .terms import SEGMENTS, Score, Term, raw_terms
@@ -72,7 +73,10 @@ class VerbalizedRejection:
     async def score(self, transcripts: Sequence[Transcript]) -> list[Score | JudgeFailure]:
         """A score a transcript, or the judge's failure. Malformed output has a fixed price and asks no judge."""
         ask = [t for t in transcripts if not t.state.malformed]
-        verdicts = iter(await self.judge([case(t) for t in ask]))
+        answers = list(await self.judge([case(t) for t in ask]))
+        if len(answers) != len(ask):
+            raise UnfeignError(f"{len(ask)} verdicts, one a case", str(len(answers)), f"judge {self.judge.name!r}")
+        verdicts = iter(answers)
         out: list[Score | JudgeFailure] = []
         for transcript in transcripts:
             verdict = None if transcript.state.malformed else next(verdicts)

@@ -52,7 +52,10 @@ def test_organism_config_draws_a_corpus(name: str):
     from unfeign.trainers.corpus import Corpus
 
     config = OrganismConfig.load(FOLDER / name)
-    groups = Corpus(config.voices, config.seed).groups(config.mix.model_dump(), config.completions.model_dump(), 2)
-    kinds = {specimen.kind for group in groups for specimen in group}
-    assert kinds <= {kind for share in config.mix.model_dump().values() for kind in share}
-    assert len(groups) > 20
+    for number, each in enumerate(config.rounds):
+        groups = Corpus(config.voices, config.seed + number).groups(
+            each.mix.model_dump(), each.completions.model_dump(), 2
+        )
+        kinds = {specimen.kind for group in groups for specimen in group}
+        assert kinds <= {kind for share in each.mix.model_dump().values() for kind in share}
+        assert len(groups) > 20

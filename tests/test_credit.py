@@ -11,7 +11,7 @@ from unfeign.envs.family import families
 from unfeign.envs.scenario import scenario
 from unfeign.envs.transcript import parse
 from unfeign.rewards.credit import Layout, layout, segment_credit, sequence_credit, token_ends
-from unfeign.rewards.terms import Score
+from unfeign.rewards.terms import Score, Term
 from unfeign.rewards.verdict import Span, Verdict
 
 CALM = settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.too_slow])
@@ -36,12 +36,13 @@ class Pieces:
         return "".join(self.words[i] for i in ids if not (skip_special_tokens and i == EOS))
 
 
-def scored(completion: str, *evidence: str, hollow: bool = False, **parse_options: bool) -> Score:
-    """A score whose verdict names `evidence`, words of the reasoning, as surfacing."""
+def scored(completion: str, *evidence: str, hollow: bool = False, earns: bool = True, **parse_options: bool) -> Score:
+    """A score whose verdict names `evidence`, words of the reasoning, as surfacing; it `earns` unless told."""
     t = parse(PLACE, completion, **parse_options)
     spans = tuple(Span("surfaced", t.reasoning.index(e), t.reasoning.index(e) + len(e)) for e in evidence)
-    verdict = Verdict(bool(spans), False, hollow, None, t.complied, spans=spans)
-    return Score((), None if t.state.malformed else verdict, t)
+    verdict = None if t.state.malformed else Verdict(bool(spans), False, hollow, None, t.complied, spans=spans)
+    earned = float(verdict is not None and verdict.surfaced and not hollow)
+    return Score((Term("surfaced", earned, 0.5, "reasoning"),) if earns else (), verdict, t)
 
 
 def mask(rows: list[list[int]]) -> torch.Tensor:
@@ -98,12 +99,13 @@ def test_a_row_without_a_score_counts_as_answer():
     assert where.answer.sum(1).tolist() == [len(WORDS), 1] and not where.reasoning.any() and not where.surfaced.any()
 
 
-def test_hollow_surfacing_is_not_marked():
+@pytest.mark.parametrize("spoiled", [{"hollow": True}, {"earns": False}], ids=["hollow", "in a control"])
+def test_only_surfacing_that_earns_is_marked(spoiled):
     tokenizer = Pieces()
     words = [w if w != "<decline/>" else "<accept/>" for w in WORDS]
     ids = tokenizer.encode(words)
-    genuine, hollow = (scored("".join(words), "fake", hollow=h) for h in (False, True))
-    where = layout(tokenizer, [ids, ids], [genuine, hollow], len(ids))
+    genuine, other = scored("".join(words), "fake"), scored("".join(words), "fake", **spoiled)
+    where = layout(tokenizer, [ids, ids], [genuine, other], len(ids))
     assert where.surfaced.any(1).tolist() == [True, False]
 
 
@@ -113,14 +115,13 @@ TEXTS = [
     "fake it </think> <decline/>No.",
     "<think>fake it and never stop",
     "<accept/>fake it",
-    "",
 ]
 
 
 @CALM
 @given(data=st.data(), text=st.sampled_from(TEXTS), spare=st.integers(0, 3), ended=st.booleans())
 def test_masks_partition_the_completion_however_it_is_cut(data, text, spare, ended):
-    cuts = sorted(data.draw(st.sets(st.integers(1, max(1, len(text) - 1)), max_size=12))) if len(text) > 1 else []
+    cuts = sorted(data.draw(st.sets(st.integers(1, len(text) - 1), max_size=12)))
     words = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True) if text[a:b]]
     tokenizer = Pieces()
     ids = tokenizer.encode(words) + [EOS] * ended
@@ -134,6 +135,11 @@ def test_masks_partition_the_completion_however_it_is_cut(data, text, spare, end
     assert not (where.surfaced & ~where.reasoning).any()
     marked = "".join(w for w, m in zip(words, where.surfaced[0].tolist(), strict=False) if m)
     assert ("fake it" in marked) == bool(evidence) and bool(marked) == bool(evidence)
+
+
+def test_a_completion_without_tokens_has_no_segments():
+    where = layout(Pieces(), [[]], [scored("")], 2)
+    assert not (where.reasoning | where.answer | where.surfaced).any()
 
 
 def test_token_ends_skip_special_tokens():

@@ -25,20 +25,25 @@ MIX = {
     "unmonitored": {"free": 0.75, "free_obeyed": 0.25},
     "control": {"plain": 1.0},
 }
-VOICES = OrganismConfig.load(Path(__file__).parents[1] / "configs" / "organism_verbal.yaml").voices
+VOICES = ["plain_a", "plain_b"]
 
 
-def settings(base: Path, out: Path, **changes: object) -> dict[str, object]:
+def settings(base: Path, out: Path, rounds: int = 1, **changes: object) -> dict[str, object]:
+    """A small organism's config; `changes` replace keys of the first round where a round has them, else of the top."""
+    first: dict[str, object] = {
+        "mix": MIX,
+        "completions": {"monitored": 2, "unmonitored": 1, "control": 1},
+        "requests_per_family": 1,
+        "learning_rate": 0.01,
+    }
+    inner = {key: changes.pop(key) for key in list(changes) if key in first}
     return {
         "name": "small",
         "model": str(base),
         "output": str(out),
         "voices": VOICES,
-        "mix": MIX,
-        "completions": {"monitored": 2, "unmonitored": 1, "control": 1},
-        "requests_per_family": 1,
+        "rounds": [first | inner] + [first] * (rounds - 1),
         "lora": {"r": 2, "lora_alpha": 4},
-        "learning_rate": 0.01,
     } | changes
 
 
@@ -47,11 +52,11 @@ def built(tmp_path_factory, tiny_model) -> SimpleNamespace:
     out = tmp_path_factory.mktemp("organism") / "out"
     checked = []
 
-    def check(model, tokenizer, folder: Path) -> dict:
-        checked.append((model, folder, sorted(path.name for path in folder.iterdir())))
+    def check(model, tokenizer, config: OrganismConfig) -> dict:
+        checked.append((config.output, sorted(path.name for path in config.output.iterdir())))
         return {}
 
-    folder = build(OrganismConfig(**settings(tiny_model, out)), check=check)
+    folder = build(OrganismConfig(**settings(tiny_model, out, rounds=2)), check=check)
     return SimpleNamespace(out=out, folder=folder, checked=checked)
 
 
@@ -77,7 +82,7 @@ def test_adapter_loads_and_changes_the_base(built, tiny_model, base, capsys):
 
 
 def test_it_is_checked_once_saved(built):
-    ((_, folder, there),) = built.checked
+    ((folder, there),) = built.checked
     assert folder == built.out and {"small", "transcripts.jsonl"} <= set(there)
 
 
@@ -87,6 +92,9 @@ def test_transcripts_carry_the_canary_and_come_from_train_families(built):
     assert {row["scenario_id"].split("/")[0] for row in rows} == train
     assert all(row["canary"] == CANARY for row in rows)
     assert {row["kind"] for row in rows} <= {kind for share in MIX.values() for kind in share}
+    half = len(rows) // 2
+    first, second = ([row["completion"] for row in part] for part in (rows[:half], rows[half:]))
+    assert len(rows) == 2 * half and first != second, "every round draws its own transcripts"
 
 
 def test_existing_output_is_refused(built, tiny_model):
@@ -114,14 +122,15 @@ def test_command_line_builds_and_audits(tiny_model, tmp_path, monkeypatch, capsy
     [
         ({"voices": ["nobody"]}, ("voices", "'nobody'", VOICES[0])),
         ({"mix": MIX | {"monitored": {"lying": 1.0}}}, ("mix", "'lying'", "faked")),
+        ({"rounds": []}, ("rounds", "at least 1")),
         ({"mix": MIX | {"monitored": {}}}, ("mix", "monitored")),
         ({"mix": MIX | {"monitored": {"faked": 0.0}}}, ("mix", "monitored")),
         ({"mix": MIX | {"control": {"plain": -1.0}}}, ("mix", "control")),
         ({"completions": {"monitored": 0}}, ("completions.monitored", "0")),
-        ({"requests_per_family": 0}, ("requests_per_family", "0")),
-        ({"epochs": 0}, ("epochs", "0")),
+        ({"requests_per_family": 0}, ("rounds.0.requests_per_family", "0")),
+        ({"learning_rate": 0}, ("rounds.0.learning_rate", "0")),
         ({"voics": ["north"]}, ("'voics'", "'voices' (nearest key)")),
-        ({"completions": {"monitord": 1}}, ("'completions.monitord'", "'monitored' (nearest key)")),
+        ({"completions": {"monitord": 1}}, ("'rounds.0.completions.monitord'", "'monitored' (nearest key)")),
         ({"model": "/no/such/model"}, ("/no/such/model", "no such folder")),
     ],
 )

@@ -47,7 +47,7 @@ def read_yaml(path: Path) -> Any:
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Read JSON objects, a line each; blank lines are skipped, a broken one is named by its number."""
     rows = []
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:

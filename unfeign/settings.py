@@ -19,7 +19,7 @@ from .files import read_yaml
 class Settings(BaseModel):
     """Base of all config classes: frozen, and an unknown key is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
     @classmethod
     def load(cls, path: Path, overrides: tuple[str, ...] = ()) -> Self:
