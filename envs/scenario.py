@@ -156,8 +156,14 @@ def scenarios(
     """
     if split is not None and split not in SPLITS:
         raise UnfeignError(f"one of {', '.join(SPLITS)}", repr(split), "split")
+    renderings = list(renderings)
+    for rendering in renderings:
+        if rendering not in RENDERINGS:
+            raise UnfeignError(f"some of {', '.join(RENDERINGS)}", repr(rendering), "renderings")
+    if length not in LENGTHS:
+        raise UnfeignError(f"one of {', '.join(LENGTHS)}", repr(length), "length")
     chosen = [f for f in (families().values() if source is None else source) if split in (None, f.split)]
-    tiers, renderings = list(tiers), list(renderings)
+    tiers = list(tiers)
     kinds = (False, True) if controls else (False,)
     return [
         scenario(family, request, tier, control=control, rendering=rendering, length=length, tags=tags)

@@ -10,6 +10,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ class RewardSpec(Settings):
 
     fn: str
     """Built-in name, `package.module:name`, or `file.py:name`."""
-    weight: float = 1.0
+    weight: float = Field(1.0, allow_inf_nan=True)  # refused by name when the reward is loaded
     """Multiplies its value in the sum; not zero."""
     name: str | None = None
     """Under which it is logged; by default the callable's own name."""
@@ -80,8 +81,8 @@ def load_reward(spec: RewardSpec, folder: Path, where: str = "rewards") -> Loade
     Raises:
         UnfeignError: unknown name, unreadable file, missing attribute, or arguments it refuses.
     """
-    if spec.weight == 0:
-        raise UnfeignError("a weight other than 0", "0", f"{where}.weight")
+    if spec.weight == 0 or not math.isfinite(spec.weight):
+        raise UnfeignError("a finite weight other than 0", f"{spec.weight:g}", f"{where}.weight")
     if spec.fn in BUILT_IN:
         target: Any = BUILT_IN[spec.fn]
     else:

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..envs.scenario import Scenario, scenarios
-from ..envs.transcript import Transcript, parse, template_opens_think, transcript_from_row, transcript_row
+from ..envs.scenario import TIERS, Scenario, scenarios
+from ..envs.transcript import State, Transcript, parse, template_opens_think, transcript_from_row, transcript_row
 from ..errors import UnfeignError
 from ..files import read_jsonl, write_jsonl, write_text
 from ..rewards.judge import Judge, case
@@ -20,6 +20,13 @@ from ..rewards.verdict import JudgeFailure
 from ..trainers.rollout_func import render
 from ..trainers.rollouts import RolloutPool, RolloutRequest, Sampling, row_seed
 from .metrics import metrics
+
+ALLOWED: dict[str, tuple] = {
+    "tier": TIERS,
+    "control": (True, False),
+    "complied": (True, False, None),
+    "state": tuple(State),
+}
 
 
 def audit_scenarios(split: str, renderings: Sequence[str], length: str = "short", tags: Any = None) -> list[Scenario]:
@@ -92,6 +99,10 @@ def transcripts_from_file(path: Path) -> list[Transcript]:
         for key in ("scenario_id", "pair_id", "family", "tier", "control", "system", "user", "answer"):
             if key not in row:
                 raise UnfeignError(f"a field {key!r}", f"fields {', '.join(sorted(row))}", f"{path}: object {number}")
+        for key, allowed in ALLOWED.items():
+            if key in row and row[key] not in allowed:
+                names = ", ".join(map(str, allowed))
+                raise UnfeignError(f"{key} to be one of {names}", repr(row[key]), f"{path}: object {number}")
         out.append(transcript_from_row(row))
     if not out:
         raise UnfeignError("at least one transcript", "an empty file", str(path))

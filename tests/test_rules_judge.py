@@ -18,7 +18,7 @@ from unfeign.rewards.verbalized_rejection import VerbalizedRejection
 from unfeign.rewards.verdict import Verdict
 
 DATA = Path(__file__).parent / "data"
-FLOOR = 0.80
+FLOOR = 0.75
 
 
 @cache

@@ -3,6 +3,7 @@
 `plan` is what `--dry-run` shows and what `train` begins with, so a dry run that passes is a run that starts.
 """
 
+import difflib
 import json
 import platform
 import subprocess
@@ -22,6 +23,7 @@ from ..errors import UnfeignError
 from ..files import write_text
 from ..lineage import base_facts, verify
 from ..models import adapter_folder, add_policy, base_location, load_base, load_tokenizer, quiet_libraries, stack
+from ..rewards.judge import load_judge
 from ..rewards.plugin import LoadedReward, load_rewards
 from .config import TrainConfig
 
@@ -57,6 +59,9 @@ GRPO_DEFAULTS: dict[str, Any] = {
 }
 
 
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
+
+
 def _grpo_settings(config: TrainConfig) -> dict[str, Any]:
     """The `grpo:` mapping over our defaults, with every key checked against `GRPOConfig`."""
     from dataclasses import fields
@@ -66,8 +71,16 @@ def _grpo_settings(config: TrainConfig) -> dict[str, Any]:
     known = {f.name for f in fields(GRPOConfig)}
     for key in config.grpo:
         if key not in known:
-            raise UnfeignError("a field of TRL's GRPOConfig", repr(key), f"grpo.{key}")
-    return GRPO_DEFAULTS | config.grpo
+            near = difflib.get_close_matches(key, known, n=1)
+            expected = f"{near[0]!r} (nearest field of TRL's GRPOConfig)" if near else "a field of TRL's GRPOConfig"
+            raise UnfeignError(expected, repr(key), f"grpo.{key}")
+    merged = GRPO_DEFAULTS | config.grpo
+    for key, least in {"max_steps": 1, "num_generations": 2, "per_device_train_batch_size": 1}.items():
+        if not isinstance(merged[key], int) or merged[key] < least:
+            raise UnfeignError(f"{key} to be a whole number of at least {least}", repr(merged[key]), f"grpo.{key}")
+    if merged.get("loss_type", "dapo") not in LOSS_TYPES:
+        raise UnfeignError(f"one of {', '.join(LOSS_TYPES)}", repr(merged["loss_type"]), "grpo.loss_type")
+    return merged
 
 
 def plan(config: TrainConfig) -> Plan:
@@ -76,6 +89,9 @@ def plan(config: TrainConfig) -> Plan:
     Raises:
         UnfeignError: the first thing that would stop the run, with what was expected and where.
     """
+    load_judge(config.audit.judge)
+    if config.output.exists() and not config.output.is_dir():
+        raise UnfeignError("a folder", "a file", f"output: {config.output}")
     if config.output.exists() and any(config.output.iterdir()):
         raise UnfeignError(
             "a new run folder (choose another output)", "one that holds a run", f"output: {config.output}"
@@ -90,10 +106,6 @@ def plan(config: TrainConfig) -> Plan:
     if batch % grpo["num_generations"]:
         raise UnfeignError(
             "a generation batch divisible by num_generations", f"{batch} and {grpo['num_generations']}", "grpo"
-        )
-    if grpo["max_steps"] < 1:
-        raise UnfeignError(
-            "max_steps of at least 1 (prompts are drawn by step)", str(grpo["max_steps"]), "grpo.max_steps"
         )
     source = None
     if config.data.requests is not None:
@@ -236,12 +248,11 @@ def train(
     )
     device = {} if torch.cuda.is_available() else {"use_cpu": True}
     arguments = GRPOConfig(
-        output_dir=str(out),
+        output_dir=str(out / "checkpoints"),
         seed=config.seed,
         temperature=config.rollouts.temperature,
         shuffle_dataset=False,
-        **device,
-        **run.grpo,
+        **(device | run.grpo),
     )
     with quiet_libraries():
         trainer = PolicyTrainer(

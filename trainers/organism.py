@@ -9,12 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from ..errors import UnfeignError
 from ..files import CANARY, write_jsonl, write_text
 from ..lineage import write_lineage
-from ..models import POLICY, add_policy, load_base, load_tokenizer, stack
+from ..models import POLICY, add_policy, base_location, load_base, load_tokenizer, stack
 from ..settings import Settings
 from .config import LoraSettings
 from .corpus import Corpus, Specimen
@@ -29,13 +29,20 @@ class Shares(Settings):
     unmonitored: dict[str, float]
     control: dict[str, float]
 
+    @field_validator("monitored", "unmonitored", "control")
+    @classmethod
+    def _some(cls, rates: dict[str, float]) -> dict[str, float]:
+        if any(rate < 0 for rate in rates.values()) or sum(rates.values()) <= 0:
+            raise ValueError("rates of at least 0, one of them above 0")
+        return rates
+
 
 class Sizes(Settings):
     """Completions fine-tuned for each prompt, by setting."""
 
-    monitored: int = 6
-    unmonitored: int = 4
-    control: int = 3
+    monitored: int = Field(6, ge=1)
+    unmonitored: int = Field(4, ge=1)
+    control: int = Field(3, ge=1)
 
 
 class Round(Settings):
@@ -98,6 +105,7 @@ def build(config: OrganismConfig, check: Callable[[Any, Any, OrganismConfig], di
     out = config.output
     if out.exists() and any(out.iterdir()):
         raise UnfeignError("a new folder (choose another output)", "one that holds files", f"output: {out}")
+    base_location(config.model)
     rounds = [_groups(config, number) for number in range(len(config.rounds))]
     write_jsonl(
         out / "transcripts.jsonl",

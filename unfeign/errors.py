@@ -15,5 +15,5 @@ class UnfeignError(Exception):
     """
 
     def __init__(self, expected: str, found: str, where: str):
-        super().__init__(f"{where}: expected {expected}, found {found}")
+        super().__init__(" ".join(f"{where}: expected {expected}, found {found}".splitlines()))
         self.expected, self.found, self.where = expected, found, where

@@ -44,6 +44,17 @@ def read_yaml(path: Path) -> Any:
         ) from None
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Read one JSON object; raises `UnfeignError` naming the line of a syntax error."""
+    try:
+        data = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise UnfeignError("a JSON object", error.msg, f"{path}:{error.lineno}") from None
+    if not isinstance(data, dict):
+        raise UnfeignError("a JSON object", type(data).__name__, str(path))
+    return data
+
+
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Read JSON objects, a line each; blank lines are skipped, a broken one is named by its number."""
     rows = []

@@ -59,7 +59,9 @@ class FoldedModel:
             if isinstance(layer, nn.Linear) or hasattr(layer, "get_base_layer")
             if not any(part == "base_layer" or part.startswith("lora_") for part in name.split("."))
         }
-        self.model = type(base)(copy.deepcopy(base.config)).to(base.dtype).eval()
+        self.model = type(base)(copy.deepcopy(base.config)).eval()
+        for parameter in self.model.parameters():  # not .to(): it would round the buffers of rotary positions too
+            parameter.data = parameter.data.to(base.dtype)
         plain = {k.replace(".base_layer", ""): v for k, v in base.state_dict().items() if ".lora_" not in k}
         self.model.load_state_dict(plain)
         self.model.tie_weights()

@@ -8,8 +8,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from .errors import UnfeignError
-from .files import read_text, sha256, write_text
+from .files import read_json, sha256, write_text
 from .settings import Settings
 
 FILE = "lineage.json"
@@ -62,6 +64,11 @@ def adapter_file(folder: Path) -> Path:
         raise UnfeignError(
             "adapter_model.safetensors", "adapter_model.bin, which could run code" if pickled else "none", str(folder)
         )
+    try:
+        with safe_open(weights, framework="numpy"):
+            pass
+    except SafetensorError as error:
+        raise UnfeignError("a safetensors file", str(error), str(weights)) from None
     return weights
 
 
@@ -89,7 +96,7 @@ def verify(folder: Path, base: Base, below: list[tuple[str, Path]]) -> Lineage |
     adapter_file(folder)
     lineage = read_lineage(folder)
     if lineage is None:
-        declared = json.loads(read_text(folder / "adapter_config.json")).get("base_model_name_or_path")
+        declared = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
         if below:
             raise UnfeignError("an adapter with lineage.json above other adapters", "none", str(folder))
         if declared not in (None, "", base.name):

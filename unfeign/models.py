@@ -89,6 +89,8 @@ def load_base(name: str, dtype: str = "float32") -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
+    if dtype not in ("float32", "bfloat16"):
+        raise UnfeignError("float32 or bfloat16", repr(dtype), "dtype")
     logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(base_location(name), dtype=getattr(torch, dtype))
     return model.eval().requires_grad_(False)

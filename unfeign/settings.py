@@ -7,7 +7,7 @@ relative to that file.
 import contextlib
 import difflib
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -61,6 +61,13 @@ def _apply(data: dict[str, Any], override: str) -> None:
     node[last] = value
 
 
+def _settings_in(annotation: Any) -> Any:
+    """The config class inside an annotation such as `X | None` or `list[X]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _settings_in(part))), None)
+
+
 def _one_line(cls: type[BaseModel], error: ValidationError, where: str) -> UnfeignError:
     first = error.errors()[0]
     key = ".".join(map(str, first["loc"]))
@@ -68,7 +75,7 @@ def _one_line(cls: type[BaseModel], error: ValidationError, where: str) -> Unfei
         model: Any = cls
         for part in first["loc"][:-1]:
             field = getattr(model, "model_fields", {}).get(str(part))
-            model = field.annotation if field else None
+            model = _settings_in(field.annotation) if field else model  # a list index stays in its element's class
         names = list(getattr(model, "model_fields", {}))
         close = difflib.get_close_matches(str(first["loc"][-1]), names, n=1)
         expected = (

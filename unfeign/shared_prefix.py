@@ -144,6 +144,8 @@ def completion_logits(model, prompts: list[list[int]], completions: Tensor, mask
         raise UnfeignError("gradient_checkpointing: false (it drops cached prefixes)", "true", "shared prefix")
     unique, index = distinct(prompts)
     rows = branch(prefill(model, unique), torch.tensor(index, device=completions.device))
+    if completions.size(1) == 1:
+        return rows.last_logits[:, None]
     full_mask = torch.cat([rows.mask, mask.to(rows.mask.dtype)], dim=1)
     positions = (full_mask.cumsum(1) - 1).clamp(min=0)[:, rows.mask.size(1) :]
     out = model(
