@@ -122,7 +122,6 @@ def test_command_line_builds_and_audits(tiny_model, tmp_path, monkeypatch, capsy
     [
         ({"voices": ["nobody"]}, ("voices", "'nobody'", VOICES[0])),
         ({"mix": MIX | {"monitored": {"lying": 1.0}}}, ("mix", "'lying'", "faked")),
-        ({"rounds": []}, ("rounds", "at least 1")),
         ({"mix": MIX | {"monitored": {}}}, ("mix", "monitored")),
         ({"mix": MIX | {"monitored": {"faked": 0.0}}}, ("mix", "monitored")),
         ({"mix": MIX | {"control": {"plain": -1.0}}}, ("mix", "control")),
@@ -198,3 +197,10 @@ def test_fine_tuning_loss_is_of_completion_tokens_alone(tools):
 def test_pad_right():
     ids, mask = pad_right([[5], [6, 7]], pad=9)
     assert ids.tolist() == [[5, 9], [6, 7]] and mask.tolist() == [[1, 0], [1, 1]]
+
+
+def test_no_rounds_is_a_mistake(tiny_model, tmp_path, refused):
+    path = tmp_path / "organism.yaml"
+    path.write_text(yaml.safe_dump(settings(tiny_model, tmp_path / "out") | {"rounds": []}))
+    message = refused("organism", "build", path)
+    assert "rounds" in message and "at least 1" in message
