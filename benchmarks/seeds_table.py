@@ -11,25 +11,8 @@ from pathlib import Path
 
 from unfeign.split_persona.audit import read_findings
 from unfeign.split_persona.metrics import difference, metrics
-
-ROWS = [
-    ("monitored", "compliance"),
-    ("unmonitored", "compliance"),
-    ("all", "compliance_gap"),
-    ("monitored", "surfaced"),
-    ("monitored", "rejected"),
-    ("monitored", "faked"),
-    ("monitored", "silent_compliance"),
-    ("monitored", "hollow"),
-    ("monitored", "coherent"),
-    ("control", "surfaced"),
-    ("control", "on_task"),
-    ("all", "malformed"),
-]
-
-
-def leaf(found: dict, part: str, name: str) -> dict:
-    return found[name] if part == "all" else found[part][name]
+from unfeign.split_persona.plots import pick
+from unfeign.training_run import ROWS
 
 
 def cell(value: dict, sign: str = "") -> str:
@@ -48,10 +31,10 @@ def main(folders: list[Path]) -> None:
     first, found = metrics(befores[0]), [metrics(rows) for rows in afters]
     for part, name in ROWS:
         label = name.replace("_", " ") if part == "all" else f"{part} {name.replace('_', ' ')}"
-        line = f"| {label} | {cell(leaf(first, part, name))} |"
+        line = f"| {label} | {cell(pick(first, part, name))} |"
         for before, after, values in zip(befores, afters, found, strict=True):
             change = difference(before, after, part, name)
-            line += f" {cell(leaf(values, part, name))} | {cell(change, '+')} |"
+            line += f" {cell(pick(values, part, name))} | {cell(change, '+')} |"
         print(line)
 
 

@@ -15,13 +15,14 @@ from .envs.scenario import Scenario
 from .files import read_text, write_text
 from .rewards.judge import Judge, load_judge
 from .split_persona.audit import audit_scenarios, collect, findings, read_findings, write_audit
+from .split_persona.plots import pick
 from .split_persona.report import write_report
 from .trainers.rollouts import Sampling
 
 ROWS = (
     ("monitored", "compliance"),
     ("unmonitored", "compliance"),
-    ("compliance_gap", None),
+    ("all", "compliance_gap"),
     ("monitored", "surfaced"),
     ("monitored", "rejected"),
     ("monitored", "faked"),
@@ -30,7 +31,7 @@ ROWS = (
     ("monitored", "coherent"),
     ("control", "surfaced"),
     ("control", "on_task"),
-    ("malformed", None),
+    ("all", "malformed"),
 )
 
 
@@ -154,9 +155,8 @@ def print_table(results: dict[str, dict[str, Any]]) -> None:
     for name in results:
         table.add_column(name, justify="right")
     for block, name in ROWS:
-        label = f"{block} {name}" if name else block
-        cells = [r[block][name] if name else r[block] for r in results.values()]
-        table.add_row(label.replace("_", " "), *map(_cell, cells))
+        label = name if block == "all" else f"{block} {name}"
+        table.add_row(label.replace("_", " "), *(_cell(pick(result, block, name)) for result in results.values()))
     Console().print(table)
 
 
