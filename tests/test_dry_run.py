@@ -268,3 +268,8 @@ def test_interrupted_is_130(write_config, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["train", str(write_config())])
     assert stopped.value.code == 130 and capsys.readouterr().err.strip() == "interrupted"
+
+
+def test_audit_into_a_file(refused, tiny_model, tmp_path):
+    (tmp_path / "taken").write_text("")
+    assert "a folder" in refused("audit", str(tiny_model), "--out", str(tmp_path / "taken"))

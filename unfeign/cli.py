@@ -77,6 +77,8 @@ def audit(
     """
     if len(paths) != 1:
         raise UnfeignError("one checkpoint or transcripts.jsonl", f"{len(paths)} paths", "audit")
+    if out.exists() and not out.is_dir():
+        raise UnfeignError("a folder", "a file", f"--out {out}")
     if out.exists() and any(out.iterdir()):
         raise UnfeignError("a new folder (choose another --out)", "one that holds files", f"--out {out}")
     with _quiet():
