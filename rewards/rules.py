@@ -99,11 +99,6 @@ def _clauses(reasoning: str, prompt: str) -> list[_Clause]:
     return out
 
 
-def _affirmed(pattern: re.Pattern[str], text: str) -> bool:
-    """Whether the pattern matches somewhere without a negation shortly before it."""
-    return any(not _NEGATED.search(text[: m.start()]) for m in pattern.finditer(text))
-
-
 def _decision(clause: _Clause) -> Decided | None:
     """What a clause decides, if anything. Options weighed with could, would or a question mark decide nothing."""
     text = clause.text
