@@ -5,9 +5,11 @@ the answer complied. It never sees tier, control or criterion labels, so it can'
 words.
 """
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Awaitable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from ..envs.transcript import Transcript
 from ..errors import UnfeignError
@@ -51,3 +53,20 @@ def load_judge(name: str) -> Judge:
     if name not in judges:
         raise UnfeignError(f"one of the judges {', '.join(sorted(judges))}", repr(name), "judge")
     return judges[name]()
+
+
+T = TypeVar("T")
+
+
+def wait_for(answer: Awaitable[T]) -> T:
+    """What an async judge or reward answers, from code that is not async; also inside a notebook's running loop."""
+
+    async def ask() -> T:
+        return await answer
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(ask())
+    with ThreadPoolExecutor(max_workers=1) as thread:  # a loop that runs can't be waited for from inside
+        return thread.submit(asyncio.run, ask()).result()

@@ -4,7 +4,6 @@ Scenarios are the matched pairs and controls of a split, in both renderings. A s
 audits differ by the checkpoint alone, whatever the batch or the machine. Each finding is a transcript and its verdict.
 """
 
-import asyncio
 import hashlib
 import json
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from ..envs.scenario import TIERS, Scenario, scenarios
 from ..envs.transcript import State, Transcript, parse, template_opens_think, transcript_from_row, transcript_row
 from ..errors import UnfeignError
 from ..files import read_jsonl, write_jsonl, write_text
-from ..rewards.judge import Judge, case
+from ..rewards.judge import Judge, case, wait_for
 from ..rewards.verdict import JudgeFailure
 from ..trainers.rollout_func import render
 from ..trainers.rollouts import RolloutPool, RolloutRequest, Sampling, row_seed
@@ -60,12 +59,8 @@ def collect(
 
 def findings(transcripts: Sequence[Transcript], judge: Judge) -> list[dict[str, Any]]:
     """Judge transcripts: one JSON-ready row each, with its verdict or the judge's failure."""
-
-    async def ask() -> list[Any]:
-        return list(await judge([case(t) for t in transcripts]))
-
     rows = []
-    for transcript, verdict in zip(transcripts, asyncio.run(ask()), strict=True):
+    for transcript, verdict in zip(transcripts, wait_for(judge([case(t) for t in transcripts])), strict=True):
         row = transcript_row(transcript)
         if isinstance(verdict, JudgeFailure):
             row |= {"verdict": None, "failure": {"kind": verdict.kind, "message": verdict.message}}

@@ -167,3 +167,21 @@ def test_audit_of_the_shipped_organism(tmp_path: Path, capsys):
     assert len(rows) == len(audit_scenarios("validation", ["original", "paraphrase"]))
     assert {"truncated"} == {row["state"] for row in rows}
     assert (out / "report.html").is_file()
+
+
+def test_findings_inside_a_running_loop():
+    """As in a notebook, where an event loop always runs."""
+    import asyncio
+
+    from unfeign.envs.scenario import scenarios
+    from unfeign.envs.transcript import parse
+    from unfeign.rewards.judge import load_judge
+    from unfeign.split_persona.audit import findings
+
+    asked = scenarios("validation")[0]
+    transcript = parse(asked, f"<think>I say no.</think>{asked.tags.decline}No.")
+
+    async def notebook() -> list:
+        return findings([transcript], load_judge("rules"))
+
+    assert asyncio.run(notebook())[0]["verdict"]["decision"] == "decline"

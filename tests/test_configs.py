@@ -29,7 +29,8 @@ def test_training_config_can_be_planned(name: str, tiny_model: Path, tmp_path: P
     """On the tiny model, since planning reads the base's config; everything else is the file's own."""
     overrides = (f"model={tiny_model}", "adapters=[]", f"output={tmp_path / 'run'}")
     run = plan(TrainConfig.load(FOLDER / name, overrides))
-    assert run.rewards and len(run.scenarios) == run.prompts_per_step * run.grpo["max_steps"]
+    samples = run.grpo.max_steps * run.grpo.per_device_train_batch_size * run.grpo.gradient_accumulation_steps
+    assert run.rewards and len(run.scenarios) == samples // run.grpo.num_generations
     assert not (tmp_path / "run").exists()
 
 

@@ -76,7 +76,11 @@ def test_mistakes_stop_a_run_as_they_stop_a_dry_run(write_config, refused, dry_r
         ({"dtype": "float16"}, ("dtype", "'float16'")),
         ({"rollouts": {"temperature": 0}}, ("rollouts.temperature", "greater than 0")),
         ({"audit": {"judge": "nobody"}}, ("judge", "rules", "'nobody'")),
-        ({"grpo": {"num_generations": 3, "per_device_train_batch_size": 4}}, ("num_generations", "4 and 3")),
+        ({"grpo": {"num_generations": 3, "per_device_train_batch_size": 4}}, ("num_generations (3)", "(4)")),
+        ({"grpo": {"learning_rate": "fast"}}, ("grpo.learning_rate", "valid number", "'fast'")),
+        ({"grpo": {"max_steps": 2.5}}, ("grpo.max_steps", "2.5")),
+        ({"grpo": {"lr_scheduler_type": "sideways"}}, ("grpo", "sideways")),
+        ({"grpo": {"generation_batch_size": 6, "per_device_train_batch_size": 4}}, ("generation_batch_size", "6")),
         ({"grpo": {"num_generations": 0}}, ("num_generations", "0")),
         ({"grpo": {"num_generations": 1}}, ("num_generations", "1")),
         ({"grpo": {"max_steps": "many"}}, ("max_steps", "'many'")),
@@ -169,6 +173,27 @@ def test_the_machines_own_grpo_settings_may_be_named(write_config, tmp_path, rew
     config = write_config(grpo=grpo, audit={"before": False, "after": False}, rewards=[{"fn": "mine.py:variety"}])
     main(["train", str(config)])
     assert (tmp_path / "run" / "metrics.jsonl").is_file()
+
+
+def test_numbers_that_yaml_reads_as_text_are_numbers(write_config):
+    """YAML 1.1 reads 1e-4 as text."""
+    from unfeign.trainers.config import TrainConfig
+    from unfeign.trainers.launch import plan
+
+    config = write_config()
+    config.write_text(config.read_text().replace("learning_rate: 0.01", "learning_rate: 1e-4"))
+    assert plan(TrainConfig.load(config)).grpo.learning_rate == pytest.approx(1e-4)
+
+
+def test_a_model_that_cannot_be_fetched_is_one_line(capsys):
+    """The suite is offline (HF_HUB_OFFLINE), so any hub id is one that can't be fetched."""
+    from unfeign.errors import UnfeignError
+    from unfeign.models import load_base, load_tokenizer
+
+    for load in (load_base, load_tokenizer):
+        with pytest.raises(UnfeignError) as caught:
+            load("nobody/no-such-model")
+        assert "nobody/no-such-model: expected a model" in str(caught.value)
 
 
 def test_missing_config(refused, tmp_path):

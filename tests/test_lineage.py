@@ -57,6 +57,18 @@ def test_adapter_for_another_base(other_model: Path, tiny_organism: Path):
     assert str(tiny_organism) in message and str(other_model) in message and "hidden_size=32" in message
 
 
+def test_adapter_for_another_base_of_the_same_shape(tiny_organism: Path, tokenizer, tools, tmp_path: Path):
+    tools.make_base(len(tokenizer), seed=7).save_pretrained(tmp_path / "twin")
+    message = refusal(lambda: stack(load_base(str(tmp_path / "twin")), str(tmp_path / "twin"), [tiny_organism]))
+    assert "twin" in message and "other weights" in message
+
+
+def test_the_same_base_elsewhere_and_in_another_dtype_is_the_same(tiny_model, tiny_organism, tmp_path: Path):
+    moved = Path(shutil.copytree(tiny_model, tmp_path / "moved"))
+    for dtype in ("float32", "bfloat16"):
+        stack(load_base(str(moved), dtype), str(moved), [tiny_organism])
+
+
 def test_wrong_stack_missing_adapter(tiny_model: Path, base, second: Path):
     message = refusal(lambda: stack(base, str(tiny_model), [second]))
     assert "the stack it was trained on: tiny" in message and "found no adapters" in message and str(second) in message
@@ -189,3 +201,17 @@ def test_resolve_takes_the_newest_checkpoint(tiny_organism: Path, tmp_path: Path
     for step in (2, 10):
         shutil.copytree(tiny_organism, tmp_path / "checkpoints" / f"checkpoint-{step}" / POLICY)
     assert resolve(str(tmp_path))[1] == [tmp_path / "checkpoints" / "checkpoint-10" / POLICY]
+
+
+def test_config_of_somebody_else_further_up_is_ignored(tiny_organism: Path, second: Path, tmp_path: Path):
+    """Only a run's own folder (with run.json) tells of adapters."""
+    (tmp_path / "config.yaml").write_text("- a list\n- of somebody else's\n")
+    assert "the adapter 'tiny'" in refusal(lambda: resolve(str(second)))
+
+
+def test_run_finds_the_adapters_of_its_config_and_skips_those_that_moved(tiny_organism, second, tmp_path: Path):
+    run = tmp_path / "run"
+    shutil.copytree(second, run / "checkpoints" / "checkpoint-1" / POLICY)
+    (run / "run.json").write_text("{}")
+    (run / "config.yaml").write_text(json.dumps({"adapters": ["gone", str(tiny_organism)]}))
+    assert resolve(str(run))[1] == [tiny_organism, run / "checkpoints" / "checkpoint-1" / POLICY]

@@ -125,6 +125,23 @@ def test_audit_of_the_run_folder(run, tmp_path, capsys):
     assert (tmp_path / "audit" / "report.html").is_file()
 
 
+def test_audit_of_a_run_asks_as_the_run_did(run, tmp_path):
+    """Temperature, length limit, output format: the run's own, unless said otherwise."""
+    main(["audit", str(run.out), "--split", "validation", "--out", str(tmp_path / "same")])
+    facts = json.loads((tmp_path / "same" / "metrics.json").read_text())["audit"]
+    assert (facts["max_new_tokens"], facts["temperature"]) == (8, 0.7)
+    again, after = (rows(path / "findings.jsonl") for path in (tmp_path / "same", run.out / "audit" / "after"))
+    assert sum(a["answer"] == b["answer"] for a, b in zip(again, after, strict=True)) > 0.9 * len(after)
+
+
+def test_generation_batch_of_several_steps_has_prompts_enough(write_config, tmp_path, reward_source):
+    (tmp_path / "mine.py").write_text(reward_source)
+    grpo = {"max_steps": 3, "num_generations": 2, "per_device_train_batch_size": 2, "generation_batch_size": 4}
+    config = write_config(rewards=[{"fn": "mine.py:variety"}], audit=NO_AUDIT, grpo=grpo | {"max_completion_length": 8})
+    main(["train", str(config)])
+    assert [row["step"] for row in rows(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3]
+
+
 def test_audit_of_findings_needs_no_model(run, tmp_path, monkeypatch):
     def no_model(*_: object) -> None:
         raise AssertionError("a model was loaded")

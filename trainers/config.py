@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, PrivateAttr, ValidationInfo, field_validator, model_validator
+from pydantic import Field, PrivateAttr, ValidationError, ValidationInfo, field_validator, model_validator
 
 from ..envs.scenario import Length, Rendering
 from ..envs.tags import PRESETS, Tags
+from ..errors import UnfeignError
 from ..rewards.plugin import RewardSpec
 from ..settings import Settings
 
@@ -67,9 +68,9 @@ class RolloutSettings(Settings):
     """Where completions come from."""
 
     backend: Literal["in_process"] = "in_process"
-    batch_size: int = Field(32, ge=1)
+    batch_size: int = Field(64, ge=1)
     """Rows decoded at once."""
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(0.7, gt=0)
     """Of sampling, in training and audit alike."""
 
 
@@ -80,7 +81,7 @@ class AuditSettings(Settings):
     after: bool = True
     split: Literal["validation", "heldout"] = "heldout"
     renderings: list[Rendering] = ["original", "paraphrase"]
-    max_new_tokens: int = Field(96, ge=1)
+    max_new_tokens: int = Field(80, ge=1)
     """Tokens."""
     judge: str = "rules"
     """Who reads the reasoning in the audit."""
@@ -154,6 +155,15 @@ class TrainConfig(Settings):
             if key in REFUSED:
                 raise ValueError(f"{REFUSED[key]} instead of grpo.{key}")
         return grpo
+
+    @classmethod
+    def of(cls, resolved: dict[str, Any]) -> "TrainConfig":
+        """From a run folder's resolved config, or the defaults where it is empty."""
+        try:
+            return cls.model_validate(resolved)
+        except ValidationError as error:
+            found = error.errors()[0]["msg"]
+            raise UnfeignError("a config of this version", found, "the run's config.yaml") from None
 
     def resolved(self) -> dict[str, Any]:
         """Everything, defaults included, as plain JSON data."""

@@ -5,6 +5,7 @@
 
 import difflib
 import json
+import math
 import platform
 import subprocess
 import time
@@ -23,7 +24,7 @@ from ..errors import UnfeignError
 from ..files import write_text
 from ..lineage import base_facts, verify
 from ..models import adapter_folder, add_policy, base_location, load_base, load_tokenizer, quiet_libraries, stack
-from ..rewards.judge import load_judge
+from ..rewards.judge import load_judge, wait_for
 from ..rewards.plugin import LoadedReward, load_rewards
 from .config import TrainConfig
 
@@ -35,8 +36,8 @@ class Plan:
     config: TrainConfig
     rewards: list[LoadedReward]
     scenarios: list[Scenario]
-    grpo: dict[str, Any]
-    prompts_per_step: int
+    grpo: Any
+    """TRL's `GRPOConfig`."""
     facts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -47,7 +48,7 @@ GRPO_DEFAULTS: dict[str, Any] = {
     "learning_rate": 3e-4,
     "lr_scheduler_type": "constant",
     "max_steps": 10,
-    "max_completion_length": 96,
+    "max_completion_length": 80,
     "logging_steps": 1,
     "save_strategy": "no",
     "report_to": [],
@@ -62,25 +63,50 @@ GRPO_DEFAULTS: dict[str, Any] = {
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
 
 
-def _grpo_settings(config: TrainConfig) -> dict[str, Any]:
-    """The `grpo:` mapping over our defaults, with every key checked against `GRPOConfig`."""
-    from dataclasses import fields
+def _grpo_arguments(config: TrainConfig) -> Any:
+    """TRL's `GRPOConfig` from the `grpo:` mapping over our defaults: keys, types, and what TRL itself would refuse."""
+    import typing
 
+    import torch
+    from pydantic import ConfigDict, TypeAdapter, ValidationError
     from trl import GRPOConfig
 
-    known = {f.name for f in fields(GRPOConfig)}
-    for key in config.grpo:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
+    types = typing.get_type_hints(GRPOConfig)
+    settings = dict(GRPO_DEFAULTS)
+    for key, value in config.grpo.items():
+        where = f"grpo.{key}"
+        if key not in GRPOConfig.__dataclass_fields__:
+            near = difflib.get_close_matches(key, GRPOConfig.__dataclass_fields__, n=1)
             expected = f"{near[0]!r} (nearest field of TRL's GRPOConfig)" if near else "a field of TRL's GRPOConfig"
-            raise UnfeignError(expected, repr(key), f"grpo.{key}")
-    merged = GRPO_DEFAULTS | config.grpo
+            raise UnfeignError(expected, repr(key), where)
+        try:
+            allowed = TypeAdapter(types[key], config=ConfigDict(arbitrary_types_allowed=True))
+            settings[key] = allowed.validate_python(value)
+        except ValidationError as error:
+            raise UnfeignError(error.errors()[0]["msg"].lower(), repr(value)[:80], where) from None
     for key, least in {"max_steps": 1, "num_generations": 2, "per_device_train_batch_size": 1}.items():
-        if not isinstance(merged[key], int) or merged[key] < least:
-            raise UnfeignError(f"{key} to be a whole number of at least {least}", repr(merged[key]), f"grpo.{key}")
-    if merged.get("loss_type", "dapo") not in LOSS_TYPES:
-        raise UnfeignError(f"one of {', '.join(LOSS_TYPES)}", repr(merged["loss_type"]), "grpo.loss_type")
-    return merged
+        if settings[key] < least:
+            raise UnfeignError(f"{key} to be a whole number of at least {least}", repr(settings[key]), f"grpo.{key}")
+    if settings.get("loss_type", "dapo") not in LOSS_TYPES:
+        raise UnfeignError(f"one of {', '.join(LOSS_TYPES)}", repr(settings["loss_type"]), "grpo.loss_type")
+    device = {} if torch.cuda.is_available() else {"use_cpu": True}
+    try:
+        return GRPOConfig(
+            output_dir=str(config.output / "checkpoints"),
+            seed=config.seed,
+            temperature=config.rollouts.temperature,
+            shuffle_dataset=False,
+            **(device | settings),
+        )
+    except (ValueError, TypeError) as error:
+        raise UnfeignError("settings that TRL's GRPOConfig accepts", str(error), "grpo") from None
+
+
+def _prompts(arguments: Any) -> int:
+    """How many prompts `max_steps` optimiser steps consume: whole generation batches, over all processes."""
+    step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    batches = math.ceil(arguments.max_steps * step / arguments.generation_batch_size)
+    return batches * arguments.generation_batch_size // arguments.num_generations
 
 
 def plan(config: TrainConfig) -> Plan:
@@ -101,12 +127,7 @@ def plan(config: TrainConfig) -> Plan:
         judge = getattr(getattr(reward.fn, "judge", None), "name", None)
         if judge == config.audit.judge and judge != "rules" and not config.allow_same_judge:
             raise UnfeignError("an audit judge that differs from the training judge", repr(judge), "audit.judge")
-    grpo = _grpo_settings(config)
-    batch = grpo["per_device_train_batch_size"] * grpo.get("steps_per_generation", grpo["gradient_accumulation_steps"])
-    if batch % grpo["num_generations"]:
-        raise UnfeignError(
-            "a generation batch divisible by num_generations", f"{batch} and {grpo['num_generations']}", "grpo"
-        )
+    grpo = _grpo_arguments(config)
     source = None
     if config.data.requests is not None:
         source = load_requests(config.folder / config.data.requests, config.data.split)
@@ -122,16 +143,14 @@ def plan(config: TrainConfig) -> Plan:
     for name in shares:
         if name not in have:
             raise UnfeignError(f"scenarios for data.mix.{name}", "none in the data", "data")
-    prompts_per_step = batch // grpo["num_generations"]
-    chosen = mixed(pool, shares, prompts_per_step * grpo["max_steps"], config.seed)
+    chosen = mixed(pool, shares, _prompts(grpo), config.seed)
     _check_columns(config, rewards)
     _check_adapters(config)
-    return Plan(config, rewards, chosen, grpo, prompts_per_step, _facts(config))
+    return Plan(config, rewards, chosen, grpo, _facts(config))
 
 
 def _check_columns(config: TrainConfig, rewards: list[LoadedReward]) -> None:
     """Score two rows with every reward, so that a missing column or a wrong return shows before anything is spent."""
-    import asyncio
     import inspect
 
     rows = scenarios("train", controls=False)[:2]
@@ -152,11 +171,7 @@ def _check_columns(config: TrainConfig, rewards: list[LoadedReward]) -> None:
         try:
             got = reward.fn(**calls, **columns)
             if inspect.isawaitable(got):
-
-                async def finish(awaitable: Any) -> Any:
-                    return await awaitable
-
-                got = asyncio.run(finish(got))
+                got = wait_for(got)
         except UnfeignError:
             raise
         except KeyError as error:
@@ -223,7 +238,6 @@ def train(
     """
     import torch
     from transformers.trainer_callback import PrinterCallback
-    from trl import GRPOConfig
 
     from .grpo import PolicyTrainer
     from .rollout_func import PoolRollouts
@@ -246,18 +260,10 @@ def train(
     rollouts = PoolRollouts(
         pool, seed=config.seed, temperature=config.rollouts.temperature, tags=config.data.delimiters
     )
-    device = {} if torch.cuda.is_available() else {"use_cpu": True}
-    arguments = GRPOConfig(
-        output_dir=str(out / "checkpoints"),
-        seed=config.seed,
-        temperature=config.rollouts.temperature,
-        shuffle_dataset=False,
-        **(device | run.grpo),
-    )
     with quiet_libraries():
         trainer = PolicyTrainer(
             model=model,
-            args=arguments,
+            args=run.grpo,
             train_dataset=to_dataset(run.scenarios),
             processing_class=tokenizer,
             rollout_func=rollouts,
@@ -292,7 +298,7 @@ def StepLog(path: Path, rollouts: Any, say: Callable[[str], None]) -> Any:
             self.tokens = rollouts.tokens
 
         def on_log(self, args, state, control, logs=None, **kwargs):
-            if not logs or "reward" not in logs:
+            if not logs or "loss" not in logs:  # the summary at the end
                 return
             seconds = time.perf_counter() - self.began
             row = {
@@ -305,6 +311,9 @@ def StepLog(path: Path, rollouts: Any, say: Callable[[str], None]) -> Any:
             }
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
+            if "reward" not in logs:  # a further step on a batch that an earlier step generated
+                say(f"step {state.global_step}/{state.max_steps}  same samples again  {seconds:.0f} s")
+                return
             surfaced, rejected = (logs.get(f"terms/{n}/raw", float("nan")) for n in ("surfaced", "rejected"))
             complied = -logs.get("terms/behaviour/raw", float("nan"))
             say(

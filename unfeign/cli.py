@@ -50,10 +50,10 @@ def audit(
     out: Path = Path("audit"),
     split: str = "heldout",
     renderings: tuple[str, ...] = ("original", "paraphrase"),
-    length: str = "short",
+    length: str | None = None,
     judge: str = "rules",
-    max_new_tokens: int = 96,
-    temperature: float = 1.0,
+    max_new_tokens: int | None = None,
+    temperature: float | None = None,
     batch_size: int = 64,
     seed: int = 1234,
     dtype: str = "float32",
@@ -66,10 +66,10 @@ def audit(
         out: folder for findings.jsonl, metrics.json and report.html.
         split: heldout, validation or train.
         renderings: wordings of the situation.
-        length: short or full situations.
+        length: short or full situations; by default the run's, or short.
         judge: who reads the reasoning.
-        max_new_tokens: length limit of a completion, in tokens.
-        temperature: of sampling.
+        max_new_tokens: length limit of a completion, in tokens; by default the run's, or 80.
+        temperature: of sampling; by default the run's, or 0.7.
         batch_size: rows decoded at once.
         seed: fixes the sampling.
         dtype: float32 or bfloat16.
@@ -92,20 +92,26 @@ def audit(
         if paths[0].endswith(".jsonl"):
             rows = findings(transcripts_from_file(Path(paths[0])), reader)
         else:
-            from .models import load_base, load_tokenizer, resolve, stack
+            from .models import load_base, load_tokenizer, resolve, run_config, stack
+            from .trainers.config import TrainConfig
             from .trainers.rollouts import InProcessPool
 
             base, below = resolve(paths[0])
+            asked = TrainConfig.of(run_config(Path(paths[0]).resolve()))
             below = [*below, *adapters]
             tokenizer = load_tokenizer(base)
             model, _ = stack(load_base(base, dtype), base, below)
-            facts |= {"split": split, "seed": seed, "base": base, "adapters": [str(a) for a in below]}
+            how: dict[str, Any] = {
+                "split": split,
+                "renderings": renderings,
+                "length": length or asked.data.length,
+                "seed": seed,
+                "max_new_tokens": max_new_tokens or asked.audit.max_new_tokens,
+                "temperature": temperature or asked.rollouts.temperature,
+            }
+            facts |= how | {"base": base, "adapters": [str(a) for a in below]}
             pool = InProcessPool(tokenizer, batch_size)
-            rows = audit_policy(
-                model, tokenizer, pool, reader,
-                split=split, renderings=renderings, length=length, seed=seed, max_new_tokens=max_new_tokens,
-                temperature=temperature,
-            )  # fmt: skip
+            rows = audit_policy(model, tokenizer, pool, reader, tags=asked.data.delimiters, **how)
         result = write_audit(out, rows, facts)
         write_report(out / "report.html", title=f"Audit of {paths[0]}", before=None, after=rows, run=facts)
     print_table({paths[0]: result})
@@ -145,12 +151,12 @@ def _print_plan(run: Any) -> None:
 
     config, grpo = run.config, run.grpo
     counts = Counter(setting(s) for s in run.scenarios)
-    samples = run.prompts_per_step * grpo["num_generations"]
+    samples = grpo.per_device_train_batch_size * grpo.gradient_accumulation_steps * grpo.world_size
     print(f"model     {config.model}" + "".join(f" + {a}" for a in config.adapters))
     print(f"policy    {'LoRA r=' + str(config.lora.r) if config.lora else 'all weights'}, {config.dtype}")
     print("rewards   " + ", ".join(f"{r.name} x {r.weight:g}" for r in run.rewards) + f"; credit by {config.credit}")
     print(f"data      {config.data.split} families: " + ", ".join(f"{n} {k}" for k, n in counts.items()) + " prompts")
-    print(f"steps     {grpo['max_steps']} x {samples} samples of at most {grpo['max_completion_length']} tokens")
+    print(f"steps     {grpo.max_steps} x {samples} samples of at most {grpo.max_completion_length} tokens")
     print(f"output    {config.output}")
     print("dry run: nothing was started")
 

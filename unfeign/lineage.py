@@ -4,6 +4,7 @@ A policy adapter alone names only its raw base. Trained on top of an organism, i
 without a word. So every adapter folder carries `lineage.json`, and loading verifies it.
 """
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,15 @@ class Base(Settings):
     """As given: `bundled:...`, a folder, or a hub id."""
     config: dict[str, Any]
     """Architecture facts that an adapter depends on."""
+    fingerprint: str | None = None
+    """Of its weights (see `fingerprint`); None before they are loaded, and in lineages of early versions."""
+
+    def differences(self, other: "Base") -> list[str]:
+        """What shows that another base is not this one; empty when nothing does."""
+        differ = [f"{k}={v}" for k, v in self.config.items() if other.config.get(k) != v]
+        if not differ and None not in (self.fingerprint, other.fingerprint) and self.fingerprint != other.fingerprint:
+            differ = ["the same shape, other weights"]
+        return differ
 
 
 class Layer(Settings):
@@ -45,9 +55,22 @@ class Lineage(Settings):
 _FACTS = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
 
 
-def base_facts(name: str, config: Any) -> Base:
-    """Describe a base by its name and the parts of its config that an adapter depends on."""
-    return Base(name=name, config={fact: getattr(config, fact, None) for fact in _FACTS})
+def base_facts(name: str, config: Any, weights: str | None = None) -> Base:
+    """Describe a base by its name, the parts of its config that an adapter depends on, and its fingerprint if known."""
+    return Base(name=name, config={fact: getattr(config, fact, None) for fact in _FACTS}, fingerprint=weights)
+
+
+def fingerprint(model: Any) -> str:
+    """Hex digest of the first entries of every parameter, rounded to bf16: two models of one shape differ in it, one
+    model loaded in another dtype or from another folder does not.
+    """
+    import torch
+
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        head = parameter.detach().flatten()[:64].to("cpu", torch.bfloat16).view(torch.int16)
+        digest.update(name.encode() + head.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def adapter_file(folder: Path) -> Path:
@@ -102,8 +125,7 @@ def verify(folder: Path, base: Base, below: list[tuple[str, Path]]) -> Lineage |
         if declared not in (None, "", base.name):
             raise UnfeignError(f"an adapter for base {base.name!r}", f"one for {declared!r}", str(folder))
         return None
-    if lineage.base.config != base.config:
-        differ = [f"{k}={v}" for k, v in lineage.base.config.items() if base.config.get(k) != v]
+    if differ := lineage.base.differences(base):
         raise UnfeignError(
             f"an adapter for base {base.name!r}", f"one for {lineage.base.name!r} ({', '.join(differ)})", str(folder)
         )

@@ -4,6 +4,7 @@ A base is `bundled:smollm2-135m-instruct`, a local folder, or a hub id. An adapt
 one of the organisms this package ships. Loading an organism prints a banner, always.
 """
 
+import errno
 import sys
 from contextlib import contextmanager
 from importlib.resources import files
@@ -14,7 +15,7 @@ from .bundled import NAME as BUNDLED
 from .bundled import bundled_model
 from .errors import UnfeignError
 from .files import read_yaml, sha256
-from .lineage import Layer, Lineage, adapter_file, base_facts, read_lineage, verify
+from .lineage import Layer, Lineage, adapter_file, base_facts, fingerprint, read_lineage, verify
 
 POLICY = "policy"  # name of the trained adapter in a stack
 
@@ -61,11 +62,24 @@ def adapter_folder(name: str | Path) -> Path:
     return path
 
 
+@contextmanager
+def _fetching(name: str):
+    """Turn the hub's many errors (offline, unknown, gated) into one line; a full disk stays what it is."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UnfeignError("a model that can be loaded from a folder or fetched from the hub", reason, name) from None
+
+
 def load_tokenizer(name: str) -> Any:
     """The tokenizer of a base, padding on the left, with a pad token that differs from the end of a turn."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(base_location(name), padding_side="left")
+    with _fetching(name):
+        tokenizer = AutoTokenizer.from_pretrained(base_location(name), padding_side="left")
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         spare = next((t for t in ("<|endoftext|>", "<pad>", "<|pad|>") if t in tokenizer.get_vocab()), None)
         if spare is not None and spare != tokenizer.eos_token:
@@ -92,7 +106,8 @@ def load_base(name: str, dtype: str = "float32") -> Any:
     if dtype not in ("float32", "bfloat16"):
         raise UnfeignError("float32 or bfloat16", repr(dtype), "dtype")
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(base_location(name), dtype=getattr(torch, dtype))
+    with _fetching(name):
+        model = AutoModelForCausalLM.from_pretrained(base_location(name), dtype=getattr(torch, dtype))
     return model.eval().requires_grad_(False)
 
 
@@ -113,7 +128,7 @@ def stack(base: Any, base_name: str, adapters: list[str | Path]) -> tuple[Any, L
     Raises:
         UnfeignError: an adapter for another base or another stack, or not an adapter.
     """
-    facts = base_facts(base_name, base.config)
+    facts = base_facts(base_name, base.config, fingerprint(base))
     folders = [(f"below{i}", adapter_folder(name)) for i, name in enumerate(adapters)]
     organism = False
     for i, (_, folder) in enumerate(folders):
@@ -189,12 +204,29 @@ def resolve(path: str) -> tuple[str, list[str | Path]]:
     return lineage.base.name, [*below, folder]
 
 
+def run_config(path: Path) -> dict[str, Any]:
+    """The resolved config of the run that a folder belongs to (the run folder itself, or anything in it); else empty.
+
+    A run folder holds `run.json` beside `config.yaml`; a config of somebody else's, further up, is no business of ours.
+    """
+    for folder in (path, *path.parents):
+        if (folder / "run.json").is_file() and (folder / "config.yaml").is_file():
+            config = read_yaml(folder / "config.yaml")
+            return config if isinstance(config, dict) else {}
+    return {}
+
+
 def _known_adapters(folder: Path) -> list[Path]:
-    """Adapters that may lie below this one: the shipped organisms, and those its run's config names."""
+    """Adapters that may lie below this one: the shipped organisms, and those its run's config names, where they are."""
     known = [p.parent for p in Path(str(files("unfeign.trainers.organisms"))).glob("*/adapter_model.safetensors")]
-    config = next((p / "config.yaml" for p in folder.parents if (p / "config.yaml").is_file()), None)
-    named = (read_yaml(config) or {}).get("adapters", []) if config else []
-    return known + [adapter_folder(name) for name in named]
+    for name in run_config(folder.resolve()).get("adapters") or []:
+        try:
+            found = adapter_folder(name)
+            adapter_file(found)
+        except UnfeignError:  # moved or deleted since; if it is needed, `resolve` says which one is missing
+            continue
+        known.append(found)
+    return known
 
 
 def latest_checkpoint(path: Path) -> Path:

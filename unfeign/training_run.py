@@ -46,7 +46,7 @@ def audit_policy(
     length: str,
     seed: int,
     max_new_tokens: int,
-    temperature: float = 1.0,
+    temperature: float,
     tags: Any = None,
     version: int = 0,
 ) -> list[dict[str, Any]]:
@@ -100,7 +100,7 @@ def audited_run(run: Any, launch: Callable[..., Path]) -> None:
         out / "run.json", json.dumps(facts | {"seconds": {k: round(v, 1) for k, v in seconds.items()}}, indent=2)
     )
     if "after" in results:
-        print_table(results)
+        print_table(results, f"behaviour on {settings.split} families, mean [95% interval]")
         print("seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()))
         print(f"report: {write_run_report(out)}")
 
@@ -122,6 +122,7 @@ def write_run_report(out: Path) -> Path:
                 "complied": -row["terms/behaviour/raw"] if "terms/behaviour/raw" in row else None,
             }
             for row in map(json.loads, read_text(out / "metrics.jsonl").splitlines())
+            if "reward" in row
         ]
     notes = []
     judges = {r.get("kwargs", {}).get("judge", "rules") for r in config["rewards"]}
@@ -148,9 +149,9 @@ def _cell(leaf: dict[str, Any]) -> str:
     return f"{leaf['mean']:.0%}  [{leaf['low']:.0%}, {leaf['high']:.0%}]"
 
 
-def print_table(results: dict[str, dict[str, Any]]) -> None:
+def print_table(results: dict[str, dict[str, Any]], title: str | None = None) -> None:
     """Print metrics of one or more audits side by side, means with 95% intervals."""
-    table = Table(title="heldout behaviour, mean [95% interval]" if len(results) > 1 else None)
+    table = Table(title=title)
     table.add_column("metric")
     for name in results:
         table.add_column(name, justify="right")
@@ -166,7 +167,7 @@ def check_organism(model: Any, tokenizer: Any, config: Any) -> dict[str, Any]:
 
     rows = audit_policy(
         model, tokenizer, InProcessPool(tokenizer, 64), load_judge("rules"),
-        split="validation", renderings=("original", "paraphrase"), length="short", seed=1234, max_new_tokens=96,
+        split="validation", renderings=("original", "paraphrase"), length="short", seed=1234, max_new_tokens=80,
         temperature=config.temperature,
     )  # fmt: skip
     result = write_audit(config.output / "audit", rows, {"judge": "rules", "split": "validation"})
