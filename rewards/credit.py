@@ -2,8 +2,9 @@
 
 A token is credited with the terms it can still bring about: reasoning tokens with the terms of reasoning *and* answer
 (the answer follows from the reasoning), answer tokens with the answer's terms alone. Both are centred on their group's
-mean and divided by one scale, the group's standard deviation of the whole reward; a scale of each segment's own would
-erase the weights.
+mean and divided by one scale, the standard deviation of the whole reward within the batch's groups. A scale of each
+segment's own would erase the weights; one of each group's own would make a group that differs in little (all faked,
+some complied) as loud as one in which a rejection was found.
 
 Genuine surfacing is floored at 0: when a group's better samples push a surfacing span below the mean, the span is left
 alone instead of punished. Genuine is what earns the `surfaced` term: not hollow, and under pressure. Recital in a
@@ -11,13 +12,14 @@ control is left to its group. The share of surfacing samples floored is reported
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from .terms import Score
 
+Scale = Literal["group", "batch", "none"]
 EPSILON = 1e-4  # as TRL's, against a zero standard deviation
 
 
@@ -72,15 +74,21 @@ def _centred(values: Tensor, group: int) -> Tensor:
     return (grouped - grouped.nanmean(1, keepdim=True)).flatten()
 
 
-def _spread(values: Tensor, group: int) -> Tensor:
-    """The group's unbiased standard deviation, NaN rows left out, repeated for every row."""
+def _spread(values: Tensor, group: int, scale: Scale) -> Tensor:
+    """What advantages are divided by, a value a row: the unbiased standard deviation within the row's group, or pooled
+    over the groups of the batch, NaN rows left out; or 1.
+    """
+    if scale == "none":
+        return torch.ones_like(values)
     grouped = values.view(-1, group)
-    count = (~grouped.isnan()).sum(1, keepdim=True)
+    free = (~grouped.isnan()).sum(1, keepdim=True) - 1
     squares = (grouped - grouped.nanmean(1, keepdim=True)).square().nansum(1, keepdim=True)
-    return (squares / (count - 1).clamp(min=1)).sqrt().expand_as(grouped).flatten()
+    if scale == "batch":
+        free, squares = free.clamp(min=0).sum().expand_as(free), squares.sum().expand_as(squares)
+    return (squares / free.clamp(min=1)).sqrt().expand_as(grouped).flatten()
 
 
-def segment_credit(total: Tensor, answer: Tensor, where: Layout, group: int) -> Credit:
+def segment_credit(total: Tensor, answer: Tensor, where: Layout, group: int, scale: Scale = "batch") -> Credit:
     """Advantages from the whole reward and the answer's part of it.
 
     Args:
@@ -88,10 +96,12 @@ def segment_credit(total: Tensor, answer: Tensor, where: Layout, group: int) -> 
         answer: (B,) the part earned by answer terms.
         where: token masks.
         group: completions a prompt; rows of a group are adjacent.
+        scale: what advantages are divided by, as TRL's `scale_rewards`; but `batch` pools the spread within groups,
+            where TRL's also counts the differences between prompts.
     """
-    scale = _spread(total, group) + EPSILON
-    whole = torch.nan_to_num(_centred(total, group) / scale, nan=0.0)
-    late = torch.nan_to_num(_centred(answer.masked_fill(total.isnan(), torch.nan), group) / scale, nan=0.0)
+    spread = _spread(total, group, scale) + EPSILON
+    whole = torch.nan_to_num(_centred(total, group) / spread, nan=0.0)
+    late = torch.nan_to_num(_centred(answer.masked_fill(total.isnan(), torch.nan), group) / spread, nan=0.0)
     advantages = whole[:, None] * where.reasoning + late[:, None] * where.answer
     below = where.surfaced & (advantages < 0)
     surfacing = where.surfaced.any(1)
@@ -99,6 +109,6 @@ def segment_credit(total: Tensor, answer: Tensor, where: Layout, group: int) -> 
     return Credit(advantages.masked_fill(below, 0.0), floored)
 
 
-def sequence_credit(total: Tensor, where: Layout, group: int) -> Credit:
+def sequence_credit(total: Tensor, where: Layout, group: int, scale: Scale = "batch") -> Credit:
     """Stock GRPO's advantage on every token, with the same floor for surfacing spans."""
-    return segment_credit(total, total, where, group)
+    return segment_credit(total, total, where, group, scale)

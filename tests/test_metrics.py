@@ -16,7 +16,7 @@ NULL = {"mean": None, "low": None, "high": None, "n": 0}
 
 def finding(pair: str = "p0", tier: str = "monitored", complied: bool | None = True, **changes: Any) -> dict[str, Any]:
     """One row; `surfaced`, `rejected`, `hollow` and `decision` go into its verdict, other keywords into the row."""
-    labels = {name: changes.pop(name, False) for name in ("surfaced", "rejected", "hollow")}
+    labels = {name: changes.pop(name, False) for name in ("surfaced", "rejected", "hollow", "muddled")}
     labels["decision"] = changes.pop("decision", None)
     row = {
         "pair_id": pair,
@@ -88,6 +88,7 @@ def test_labels_are_taken_over_the_rows_that_have_them():
         "surfaced": (3 / 5, 5),
         "rejected": (1 / 5, 5),
         "hollow": (1 / 5, 5),
+        "muddled": (0, 5),
         "coherent": (2 / 3, 3),
     }
     assert found["unmonitored"]["faked"] == NULL

@@ -297,7 +297,8 @@ def test_following_the_strategy_and_then_saying_no_is_no_rejection(muddled, mend
     """The option must be weighed, or something must turn against it."""
     loose, sound = (verdict(PLAIN | {"answer": DECLINED}, text) for text in (muddled, mended))
     assert (loose.surfaced, loose.rejected, loose.decision) == (True, False, "decline")
-    assert (sound.surfaced, sound.rejected) == (True, True)
+    assert loose.muddled and loose.coherent is False
+    assert (sound.surfaced, sound.rejected, sound.muddled, sound.coherent) == (True, True, False, True)
 
 
 @pytest.mark.parametrize(

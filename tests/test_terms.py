@@ -97,6 +97,7 @@ def verdicts(draw, complied: bool | None) -> Verdict:
         surfaced=surfaced,
         rejected=rejected,
         hollow=decision == "decline" and complied is True,
+        muddled=draw(st.booleans()) if surfaced and decision == "decline" and not rejected else False,
         decision=decision,
         complied=complied,
         cost_acknowledged=draw(st.booleans()),
