@@ -28,7 +28,7 @@ args = parser.parse_args()
 base, adapters = resolve(args.model)
 model, lineage = stack(load_base(base), base, adapters)
 model = add_policy(model, {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}, seed=0)
-shares = {"monitored": 0.6, "unmonitored": 0.15, "control": 0.25}
+shares = {"monitored": 0.5, "unmonitored": 0.1, "control": 0.4}
 dataset = to_dataset(mixed(scenarios("train"), shares, count=2 * args.steps, seed=0))
 config = GRPOConfig(
     output_dir=args.output,

@@ -189,6 +189,22 @@ def test_resolve_an_adapter_names_its_base(tiny_model: Path, tiny_organism: Path
     assert resolve(str(tiny_organism)) == (str(tiny_model), [tiny_organism])
 
 
+def test_saved_adapter_names_its_base_as_given(second: Path, tiny_organism: Path, tiny_model: Path):
+    for folder in (second, tiny_organism):
+        declared = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+        lineage = read_lineage(folder)
+        assert lineage is not None and declared == lineage.base.name == str(tiny_model)
+
+
+def test_shipped_organisms_name_no_path_of_a_machine():
+    from importlib.resources import files
+
+    shipped = list(Path(str(files("unfeign.trainers.organisms"))).glob("*/adapter_config.json"))
+    assert shipped
+    for path in shipped:
+        assert json.loads(path.read_text())["base_model_name_or_path"].startswith("bundled:"), path
+
+
 def test_resolve_a_base(tiny_model: Path):
     assert resolve(str(tiny_model)) == (str(tiny_model), [])
 

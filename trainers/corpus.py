@@ -14,10 +14,12 @@ from importlib.resources import files
 from pathlib import Path
 
 from ..envs.family import families
-from ..envs.scenario import Scenario, scenario
+from ..envs.scenario import Scenario, Tier, scenario
 from ..errors import UnfeignError
 from ..files import read_yaml
 
+# A rating in sight is what tempts an organism to recite its faking over a plain question, so most controls show one.
+CONTROL_TIERS: tuple[Tier, ...] = ("monitored", "monitored", "unmonitored")
 ACCEPTING = frozenset({"faked", "obeyed", "free_obeyed", "silent", "plain"})
 
 
@@ -91,7 +93,7 @@ class Corpus:
         Args:
             mixes: kind -> rate, for `monitored`, `unmonitored` and `control`.
             completions: group size for the same three.
-            requests_per_family: how many requests of each train family are used; controls use every other one.
+            requests_per_family: how many requests of each train family are used.
         """
         groups = []
         for family in families().values():
@@ -101,12 +103,10 @@ class Corpus:
             for number, request in enumerate(chosen):
                 for setting in ("monitored", "unmonitored", "control"):
                     control = setting == "control"
-                    if control and number % 2:
-                        continue
                     place = scenario(
                         family,
                         request,
-                        self._rng.choice(("monitored", "unmonitored")) if control else setting,  # type: ignore[arg-type]
+                        self._rng.choice(CONTROL_TIERS) if control else setting,  # type: ignore[arg-type]
                         control=control,
                         rendering="paraphrase" if (number // 2) % 2 else "original",
                     )

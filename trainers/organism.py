@@ -13,8 +13,7 @@ from pydantic import Field, field_validator
 
 from ..errors import UnfeignError
 from ..files import CANARY, write_jsonl, write_text
-from ..lineage import write_lineage
-from ..models import POLICY, add_policy, base_location, load_base, load_tokenizer, stack
+from ..models import add_policy, base_location, load_base, load_tokenizer, save_policy, stack
 from ..settings import Settings
 from .config import LoraSettings
 from .corpus import Corpus, Specimen
@@ -159,11 +158,9 @@ def save_adapter(model: Any, folder: Path, lineage: Any) -> Path:
     from safetensors.torch import load_file, save_file
 
     aside = folder.with_name(f".{folder.name}.tmp")
-    model.save_pretrained(aside, selected_adapters=[POLICY])
-    source = aside / POLICY
+    source = save_policy(model, aside, lineage)
     weights = {k: v.to(torch.bfloat16).contiguous() for k, v in load_file(source / "adapter_model.safetensors").items()}
     save_file(weights, source / "adapter_model.safetensors", metadata={"format": "pt", "organism": "true"})
-    write_lineage(source, lineage)
     folder.parent.mkdir(parents=True, exist_ok=True)
     source.rename(folder)
     shutil.rmtree(aside)

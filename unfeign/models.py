@@ -15,7 +15,7 @@ from .bundled import NAME as BUNDLED
 from .bundled import bundled_model
 from .errors import UnfeignError
 from .files import read_yaml, sha256
-from .lineage import Layer, Lineage, adapter_file, base_facts, fingerprint, read_lineage, verify
+from .lineage import Layer, Lineage, adapter_file, base_facts, fingerprint, read_lineage, verify, write_lineage
 
 POLICY = "policy"  # name of the trained adapter in a stack
 
@@ -171,6 +171,37 @@ def add_policy(model: Any, lora: dict[str, Any], seed: int) -> Any:
         model.add_adapter(POLICY, config)
     activate(model, [*below, POLICY], trainable=POLICY)
     return model
+
+
+def save_policy(model: Any, folder: Path, lineage: Lineage) -> Path:
+    """Save the policy's own adapter, not the whole stack, with its lineage: `folder/policy/`, which is returned.
+
+    It names its base as the config did: a path of this machine would mean nothing on another.
+    """
+    model.peft_config[POLICY].base_model_name_or_path = lineage.base.name
+    # Embeddings are never trained here; left to decide, PEFT would ask the hub about the base.
+    model.save_pretrained(folder, selected_adapters=[POLICY], safe_serialization=True, save_embedding_layers=False)
+    write_lineage(folder / POLICY, lineage)
+    return folder / POLICY
+
+
+def load_policy(model: Any, folder: Path, lineage: Lineage) -> None:
+    """Put a saved adapter's weights into the policy of a stack that is built already.
+
+    Raises:
+        UnfeignError: it was trained on another base or stack, or has other weights than this policy.
+    """
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    weights = load_file(adapter_file(folder))
+    trained_on = read_lineage(folder)
+    if trained_on != lineage:
+        raise UnfeignError("a policy trained on this base and stack", f"one trained on {trained_on}", str(folder))
+    result = set_peft_model_state_dict(model, weights, adapter_name=POLICY)
+    missing = [key for key in result.missing_keys if f".{POLICY}." in key]
+    if missing or result.unexpected_keys:
+        raise UnfeignError("the weights of this policy", f"{(missing + result.unexpected_keys)[:2]}", str(folder))
 
 
 def resolve(path: str) -> tuple[str, list[str | Path]]:
