@@ -2,11 +2,12 @@
 # make demo    audits a small model that fakes alignment, trains it, audits it again: runs/quickstart/report.html
 # make test    what CI runs
 # make lint    style and formatting
+# make bench   speed, as ratios against a stock peer in the same run: benchmarks/out/
 # make clean   removes caches and build products, never .venv or runs/
 #
 # PYTHON picks another interpreter. TORCH_ARGS goes to pip where it installs torch: an index of CPU-only builds, say.
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test lint bench clean
 .DEFAULT_GOAL := setup
 
 PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
@@ -44,6 +45,9 @@ test: setup
 lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+bench: setup
+	GLIBC_TUNABLES=$(MALLOC) $(VENV)/bin/python benchmarks/ray_step.py
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache

@@ -4,7 +4,7 @@
     python benchmarks/reader_agreement.py score labels.jsonl runs/a runs/b
 
 The sheet shows request, reasoning and answer, never tier, run or verdict. The reader writes one line a transcript:
-`{"key", "surfaced", "rejected", "complied"}`. Scoring prints agreement and Cohen's kappa for every label and run.
+`{"key", "surfaced", "rejected", "muddled"}`. Scoring prints agreement and Cohen's kappa for every label and run.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from unfeign.files import read_jsonl, write_jsonl
 from unfeign.split_persona.audit import read_findings
 
 PER_RUN = 100
-LABELS = ("surfaced", "rejected", "complied")
+LABELS = ("surfaced", "rejected", "muddled")
 
 
 def chosen(run: Path) -> list[tuple[str, dict]]:
@@ -61,11 +61,9 @@ def score(labels: Path, runs: list[Path]) -> None:
         for key, row in chosen(run) if run else []:
             if key in read and row["verdict"]:
                 for name in LABELS:
-                    judged = row["complied"] if name == "complied" else row["verdict"][name]
-                    if judged is not None and read[key][name] is not None:
-                        pair = (bool(judged), bool(read[key][name]))
-                        pairs[name].append(pair)
-                        everything[name].append(pair)
+                    pair = (row["verdict"][name], read[key][name])
+                    pairs[name].append(pair)
+                    everything[name].append(pair)
         cells = [f"{sum(a == b for a, b in pairs[n]) / len(pairs[n]):.2f}, {kappa(pairs[n]):.2f}" for n in LABELS]
         print(f"| {run.name if run else 'all'} | {len(pairs['surfaced'])} | " + " | ".join(cells) + " |")
 

@@ -155,6 +155,7 @@ def _write_config(folder: Path, model: Path, changes: dict[str, Any]) -> Path:
         "output": str(folder / "run"),
         "lora": LORA,
         "audit": {"split": "validation", "max_new_tokens": 8},
+        "rollouts": {"backend": "in_process"},
         "grpo": {
             "max_steps": 2,
             "num_generations": 2,

@@ -141,7 +141,13 @@ def test_prompts_arrive_as_messages_repeated_and_adjacent(run):
 
 def test_keys_and_shapes_returned(run):
     for call in run.calls:
-        assert set(call.out) == {"prompt_ids", "completion_ids", "logprobs", "truncated", "prompt_opens_think"}
+        asked = {"prompt_ids", "completion_ids", "logprobs"}
+        assert set(call.out) == asked | {
+            "truncated",
+            "prompt_opens_think",
+            "rollout_failed",
+            "sample_id",
+        }
         assert {len(values) for values in call.out.values()} == {GROUP * PROMPTS}
         for ids, logprobs in zip(call.out["completion_ids"], call.out["logprobs"], strict=True):
             assert 1 <= len(ids) == len(logprobs) <= LENGTH
@@ -195,7 +201,7 @@ def test_template_that_opens_the_reasoning_is_noticed(tiny_model, tools):
     trainer = SimpleNamespace(
         state=SimpleNamespace(global_step=0),
         model=tools.make_base(len(tokenizer)),
-        accelerator=SimpleNamespace(unwrap_model=lambda model: model, process_index=0),
+        accelerator=SimpleNamespace(unwrap_model=lambda model: model, process_index=0, num_processes=1),
         processing_class=tokenizer,
         chat_template_kwargs={},
         max_completion_length=2,

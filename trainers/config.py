@@ -26,9 +26,9 @@ class LoraSettings(Settings):
 class Mix(Settings):
     """Shares of prompts by setting. Without controls, rejection leaks into plain questions."""
 
-    monitored: float = Field(0.6, ge=0)
-    unmonitored: float = Field(0.15, ge=0)
-    control: float = Field(0.25, ge=0)
+    monitored: float = Field(0.5, ge=0)
+    unmonitored: float = Field(0.1, ge=0)
+    control: float = Field(0.4, ge=0)
 
     @model_validator(mode="after")
     def _some(self) -> "Mix":
@@ -67,7 +67,18 @@ class DataSettings(Settings):
 class RolloutSettings(Settings):
     """Where completions come from."""
 
-    backend: Literal["in_process"] = "in_process"
+    backend: Literal["ray", "in_process"] = "ray"
+    """`in_process` generates in the trainer's own process, for debugging."""
+    workers: int = Field(1, ge=1)
+    """Ray actors that hold the policy. With `RAY_ADDRESS` set they run on that cluster."""
+    timeout: float = Field(600.0, gt=0)
+    """Seconds a worker may take for one call before it counts as dead."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of the workers' base; the run's own when null."""
+    correction: Literal["auto", "token", "sequence", "off"] = "auto"
+    """Importance ratio of trainer to worker, by `token` or by `sequence`; `auto`: `token` where their dtypes differ."""
+    ratio_cap: float = Field(2.0, ge=1)
+    """The largest ratio let through."""
     batch_size: int = Field(64, ge=1)
     """Rows decoded at once."""
     temperature: float = Field(0.7, gt=0)

@@ -1,13 +1,16 @@
-"""GRPO on TRL's trainer, with three changes.
+"""GRPO on TRL's trainer, with four changes.
 
 1. Advantages are (B, T): terms credit the segment that earns them (`rewards.credit`). TRL's loss accepts that shape.
 2. Log-probs forward every distinct prompt once (`unfeign.shared_prefix`), unless gradient checkpointing is on.
-3. A checkpoint holds the policy's own adapter and its lineage, not the whole stack.
+3. Where workers sample from another build of the policy, advantages are multiplied by a truncated ratio (`importance`).
+4. A checkpoint holds the policy's own adapter and its lineage, not the whole stack; it is written aside and renamed,
+   and holds no pickle (`checkpoint`).
 
-A row whose judge failed is masked whole: its reward is NaN in every column, so neither the group's mean nor the loss
-sees it.
+A row whose judge or worker failed is masked whole: its reward is NaN in every column, so neither the group's mean nor
+the loss sees it. A reward or a loss that is not finite stops the run before the optimiser step, with the batch saved.
 """
 
+import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,14 +22,17 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from trl import GRPOTrainer
 from trl.trainer.utils import is_async_callable
 
-from ..lineage import Lineage, write_lineage
-from ..models import POLICY, activate
+from ..files import CANARY, write_text
+from ..lineage import Lineage
+from ..models import POLICY, activate, load_policy, save_policy
 from ..rewards.credit import layout, segment_credit, sequence_credit
 from ..rewards.plugin import LoadedReward
 from ..rewards.terms import Score
 from ..rewards.verbalized_rejection import transcripts_from_columns
 from ..rewards.verdict import JudgeFailure
 from ..shared_prefix import completion_logits
+from . import checkpoint
+from .importance import truncated_ratio
 
 Credit = Literal["segment", "sequence"]
 
@@ -50,16 +56,24 @@ def trl_reward(reward: LoadedReward) -> Callable[..., Any]:
     if hasattr(reward.fn, "score"):
         return ScoredReward(reward)
     fn = reward.fn
+    not_finite: list[int] = []
+
+    def noted(values: Any) -> Any:
+        """TRL turns None into NaN, so a NaN of the reward's own must be seen here."""
+        not_finite[:] = [i for i, value in enumerate(values) if value is not None and not math.isfinite(value)]
+        return values
+
     if is_async_callable(fn):
 
         async def named(*args: Any, **kwargs: Any) -> Any:
-            return await fn(*args, **kwargs)
+            return noted(await fn(*args, **kwargs))
     else:
 
         def named(*args: Any, **kwargs: Any) -> Any:
-            return fn(*args, **kwargs)
+            return noted(fn(*args, **kwargs))
 
     named.__name__ = reward.name
+    named.not_finite = not_finite  # type: ignore[attr-defined]
     return named
 
 
@@ -91,10 +105,24 @@ class PolicyTrainer(GRPOTrainer):
         rewards: the run's rewards; those with a `score` method are credited by segment, others to all tokens.
         credit: `segment`, or `sequence` for stock GRPO's single advantage.
         lineage: written beside every checkpoint of a LoRA policy.
+        correction, ratio_cap: of the importance ratio; `off` where workers and trainer are the same to rounding.
+        out: the run folder, for `completions.jsonl` (a row a sample) and, should it come to that, `bad_batch.json`.
     """
 
-    def __init__(self, *args: Any, rewards: list[LoadedReward], credit: Credit, lineage: Lineage, **kwargs: Any):
-        self._credit, self._lineage = credit, lineage
+    def __init__(
+        self,
+        *args: Any,
+        rewards: list[LoadedReward],
+        credit: Credit,
+        lineage: Lineage,
+        correction: Literal["token", "sequence", "off"] = "off",
+        ratio_cap: float = 2.0,
+        out: Path | None = None,
+        **kwargs: Any,
+    ):
+        self._credit, self._lineage, self._out = credit, lineage, out
+        self._correction, self._ratio_cap = correction, ratio_cap
+        self._saving_in: Path | None = None
         functions = [trl_reward(reward) for reward in rewards]
         # With beta above 0 TRL wants to copy an adapter named `default`; our reference is the stack below the policy.
         beta, stacked = kwargs["args"].beta, hasattr(kwargs["model"], "peft_config")
@@ -110,15 +138,40 @@ class PolicyTrainer(GRPOTrainer):
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        failed = torch.zeros(len(prompts), dtype=torch.bool)
+        failed = torch.tensor([row.get("rollout_failed") is not None for row in inputs])
         for scored in self._scored:
             failed |= torch.tensor([isinstance(s, JudgeFailure) for s in scored.scores])
         failed = self.accelerator.gather(failed.to(rewards.device))
         rewards[failed] = torch.nan
         self._metrics["train"]["judge/failed"].append(failed.float().mean().item())
         self._raw_rewards, self._completion_ids = rewards, completion_ids_list
+        for function in self.reward_funcs:
+            if bad := getattr(function, "not_finite", None):
+                what = f"expected finite numbers or None from reward {function.__name__!r}, found others in rows {bad}"
+                raise FloatingPointError(self._saved_batch(what))
         self._log_terms()
+        self._log_completions(inputs, completions, rewards)
         return rewards
+
+    def _log_completions(self, inputs, completions, rewards: torch.Tensor) -> None:
+        """A row of `completions.jsonl` for every sample of this process: the run's ledger."""
+        if self._out is None:
+            return
+        begin = self.accelerator.process_index * len(inputs)
+        own = (rewards * self.reward_weights.to(rewards.device))[begin : begin + len(inputs)]
+        with (self._out / "completions.jsonl").open("a", encoding="utf-8") as file:
+            for row, completion, values in zip(inputs, completions, own.tolist(), strict=True):
+                numbers = [v for v in values if not math.isnan(v)]
+                fields = {
+                    "step": self.state.global_step,
+                    "sample_id": row.get("sample_id"),
+                    "scenario_id": row.get("scenario_id"),
+                    "reward": sum(numbers) if numbers else None,
+                    "failed": row.get("rollout_failed"),
+                    "completion": completion if isinstance(completion, str) else completion[0]["content"],
+                    "canary": CANARY,
+                }
+                file.write(json.dumps(fields, ensure_ascii=False) + "\n")
 
     def _log_terms(self) -> None:
         """Mean raw and weighted value of every term, and the share of each label, over this process's batch."""
@@ -162,13 +215,33 @@ class PolicyTrainer(GRPOTrainer):
         device = out["advantages"].device
         total, answer = total.cpu(), answer.cpu()
         credit = (
-            segment_credit(total, answer, where, group)
+            segment_credit(total, answer, where, group, self.scale_rewards)
             if self._credit == "segment"
-            else sequence_credit(total, where, group)
+            else sequence_credit(total, where, group, self.scale_rewards)
         )
         out["advantages"] = credit.advantages[local].to(device)
         self._metrics[mode]["credit/floored"].append(credit.floored)
+        if self._correction != "off" and "sampling_per_token_logps" in out:
+            self._correct(out, mode)
         return out
+
+    def _correct(self, out: dict[str, Any], mode: str) -> None:
+        """Fold the importance ratio of trainer to worker into the advantages, and log it."""
+        own = out.get("old_per_token_logps")
+        if own is None:
+            ids = torch.cat([out["prompt_ids"], out["completion_ids"]], dim=1)
+            mask = torch.cat([out["prompt_mask"], out["completion_mask"]], dim=1)
+            with torch.no_grad():
+                own, _, _ = self._get_per_token_logps_and_entropies(
+                    self.model, ids, mask, out["completion_ids"].size(1), self.args.per_device_train_batch_size
+                )
+        assert self._correction != "off"
+        ratio = truncated_ratio(
+            own, out["sampling_per_token_logps"], out["completion_mask"], self._correction, self._ratio_cap
+        )
+        out["advantages"] = out["advantages"] * ratio.values
+        for name in ("mean", "max", "truncated"):
+            self._metrics[mode][f"ratio/{name}"].append(getattr(ratio, name))
 
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, **kwargs
@@ -204,8 +277,70 @@ class PolicyTrainer(GRPOTrainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not math.isfinite(loss.item()):
-            raise FloatingPointError(f"step {self.state.global_step}: expected a finite loss, found {loss.item()}")
+            raise FloatingPointError(self._saved_batch(f"expected a finite loss, found {loss.item()}"))
         return loss
+
+    def _saved_batch(self, what: str) -> str:
+        """Save the newest batch's completions and rewards, and give the error's text, which says where they are."""
+        what = f"step {self.state.global_step + 1}: {what}; no optimiser step was taken"
+        if self._out is None or self._raw_rewards is None:
+            return what
+        names = [f.__name__ for f in self.reward_funcs]
+        texts = self.processing_class.batch_decode(self._completion_ids)
+        rows = [
+            {"completion": text, "rewards": {n: str(v) for n, v in zip(names, values, strict=True)}}
+            for text, values in zip(texts, self._raw_rewards.tolist(), strict=False)
+        ]
+        write_text(self._out / "bad_batch.json", json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+        return f"{what}; the batch is in {self._out / 'bad_batch.json'}"
+
+    def save_final(self) -> Path:
+        """The newest checkpoint's folder, saved now unless this step has one already."""
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if not (folder / "trainer_state.json").is_file():
+            self._save_checkpoint(self.model, trial=None)
+        return folder
+
+    def _save_checkpoint(self, model, trial) -> None:
+        if not self.args.should_save:
+            super()._save_checkpoint(model, trial)
+            return
+        with checkpoint.aside(Path(self.args.output_dir), f"checkpoint-{self.state.global_step}") as scratch:
+            self._saving_in = scratch
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._saving_in = None
+
+    def _get_output_dir(self, trial) -> str:
+        return str(self._saving_in) if self._saving_in else super()._get_output_dir(trial)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # their states are sharded: their own formats
+            super()._save_optimizer_and_scheduler(output_dir)
+        elif self.args.should_save:
+            checkpoint.save_training_state(Path(output_dir), self.optimizer, self.lr_scheduler)
+
+    def _load_optimizer_and_scheduler(self, folder: str | None) -> None:
+        if folder is None or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            super()._load_optimizer_and_scheduler(folder)
+        else:
+            checkpoint.load_training_state(Path(folder), self.optimizer, self.lr_scheduler)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        if self.args.should_save:
+            checkpoint.save_random_state(Path(output_dir))
+
+    def _load_rng_state(self, folder: str | None) -> None:
+        if folder is not None:
+            checkpoint.load_random_state(Path(folder))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        policy = self.accelerator.unwrap_model(model or self.model)
+        if POLICY in getattr(policy, "peft_config", {}):
+            load_policy(policy, Path(resume_from_checkpoint) / POLICY, self._lineage)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         model = self.accelerator.unwrap_model(self.model)
@@ -213,6 +348,5 @@ class PolicyTrainer(GRPOTrainer):
             super()._save(output_dir, state_dict)
             return
         folder = Path(output_dir or self.args.output_dir)
-        model.save_pretrained(folder, selected_adapters=[POLICY], safe_serialization=True)
-        write_lineage(folder / POLICY, self._lineage)
+        save_policy(model, folder, self._lineage)
         self.processing_class.save_pretrained(folder)

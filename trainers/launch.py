@@ -4,29 +4,29 @@
 """
 
 import difflib
-import json
 import math
 import platform
+import signal
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from ..envs.dataset import mixed, setting, to_dataset
 from ..envs.requests import load_requests
 from ..envs.scenario import Scenario, scenarios
 from ..errors import UnfeignError
-from ..files import write_text
 from ..lineage import base_facts, verify
-from ..models import adapter_folder, add_policy, base_location, load_base, load_tokenizer, quiet_libraries, stack
+from ..models import adapter_folder, base_location, load_tokenizer, quiet_libraries
 from ..rewards.judge import load_judge, wait_for
 from ..rewards.plugin import LoadedReward, load_rewards
 from .config import TrainConfig
+from .policy import PolicyRecipe
+from .rollouts import NoWorkers
+from .run_folder import Resume, Start, find_start
 
 
 @dataclass
@@ -39,6 +39,7 @@ class Plan:
     grpo: Any
     """TRL's `GRPOConfig`."""
     facts: dict[str, Any] = field(default_factory=dict)
+    start: Start = field(default_factory=Start)
 
 
 GRPO_DEFAULTS: dict[str, Any] = {
@@ -47,10 +48,12 @@ GRPO_DEFAULTS: dict[str, Any] = {
     "gradient_accumulation_steps": 1,
     "learning_rate": 3e-4,
     "lr_scheduler_type": "constant",
-    "max_steps": 10,
+    "scale_rewards": "batch",
+    "max_steps": 16,
     "max_completion_length": 80,
     "logging_steps": 1,
-    "save_strategy": "no",
+    "save_strategy": "steps",
+    "save_steps": 5,
     "report_to": [],
     "gradient_checkpointing": False,
     "bf16": False,
@@ -109,19 +112,18 @@ def _prompts(arguments: Any) -> int:
     return batches * arguments.generation_batch_size // arguments.num_generations
 
 
-def plan(config: TrainConfig) -> Plan:
+def plan(config: TrainConfig, resume: Resume = "never") -> Plan:
     """Validate a config without loading weights or starting anything.
+
+    Args:
+        config: of the run.
+        resume: whether an interrupted run in the output folder goes on (`run_folder`).
 
     Raises:
         UnfeignError: the first thing that would stop the run, with what was expected and where.
     """
     load_judge(config.audit.judge)
-    if config.output.exists() and not config.output.is_dir():
-        raise UnfeignError("a folder", "a file", f"output: {config.output}")
-    if config.output.exists() and any(config.output.iterdir()):
-        raise UnfeignError(
-            "a new run folder (choose another output)", "one that holds a run", f"output: {config.output}"
-        )
+    start = find_start(config.output, config.resolved(), resume)
     rewards = load_rewards(config.rewards, config.folder, comparator=config.comparator)
     for reward in rewards:
         judge = getattr(getattr(reward.fn, "judge", None), "name", None)
@@ -146,12 +148,14 @@ def plan(config: TrainConfig) -> Plan:
     chosen = mixed(pool, shares, _prompts(grpo), config.seed)
     _check_columns(config, rewards)
     _check_adapters(config)
-    return Plan(config, rewards, chosen, grpo, _facts(config))
+    return Plan(config, rewards, chosen, grpo, _facts(config), start)
 
 
 def _check_columns(config: TrainConfig, rewards: list[LoadedReward]) -> None:
     """Score two rows with every reward, so that a missing column or a wrong return shows before anything is spent."""
     import inspect
+
+    from transformers import TrainerState
 
     rows = scenarios("train", controls=False)[:2]
     tags = rows[0].tags
@@ -162,7 +166,7 @@ def _check_columns(config: TrainConfig, rewards: list[LoadedReward]) -> None:
         "prompts": [row.messages for row in rows],
         "completions": [[{"role": "assistant", "content": text}] for text in texts],
         "completion_ids": [[1, 2, 3] for _ in rows],
-        "trainer_state": None,
+        "trainer_state": TrainerState(),
         "log_extra": lambda column, values: None,
         "log_metric": lambda name, value: None,
     }
@@ -226,40 +230,102 @@ def _facts(config: TrainConfig) -> dict[str, Any]:
 Hook = Callable[[Any, Any, Any], None]
 
 
+class Interrupted(Exception):
+    """A signal ended the run after a step, with a checkpoint. `args[0]` is the signal's number."""
+
+
+def make_pool(config: TrainConfig, recipe: PolicyRecipe, tokenizer: Any) -> Any:
+    """The rollout pool that a config asks for. Ray's workers begin to build their policies at once."""
+    rollouts = config.rollouts
+    if rollouts.backend == "in_process":
+        from .rollouts import InProcessPool
+
+        return InProcessPool(tokenizer, rollouts.batch_size)
+    from .ray_pool import RayPool
+
+    return RayPool(
+        replace(recipe, dtype=rollouts.dtype or recipe.dtype),
+        tokenizer,
+        workers=rollouts.workers,
+        batch_size=rollouts.batch_size,
+        timeout=rollouts.timeout,
+    )
+
+
 def train(
     run: Plan, *, before: Hook | None = None, after: Hook | None = None, say: Callable[[str], None] = print
 ) -> Path:
-    """Train as planned; returns the last checkpoint's adapter folder.
+    """Train as planned; returns the last checkpoint's folder.
 
     Args:
         run: from `plan`.
         before, after: called with (model, tokenizer, pool) around the training: the command line hands in the audit.
         say: where progress lines go.
+
+    Raises:
+        Interrupted: SIGINT or SIGTERM; the run can be resumed.
+        NoWorkers: every rollout worker was given up; a checkpoint was written first.
+        FloatingPointError: a reward or a loss was not finite; the batch was saved, no optimiser step was taken.
     """
+    from .run_folder import prepare, write_state
+
+    config, out = run.config, run.config.output
+    prepare(out, config.resolved(), run.facts | {"comparator": config.comparator}, run.start)
+    step, steps = run.start.step, run.grpo.max_steps
+    write_state(out, "running", step, steps)
+    recipe = PolicyRecipe(
+        model=config.model,
+        adapters=tuple(config.adapters),
+        dtype=config.dtype,
+        lora=config.lora and config.lora.model_dump(),
+        seed=config.seed,
+    )
+    pool = make_pool(config, recipe, load_tokenizer(config.model))
+    try:
+        checkpoint = _train(run, recipe, pool, before, after, say)
+    except Interrupted as stop:
+        write_state(out, "interrupted", _reached(out), steps, f"stopped by {signal.Signals(stop.args[0]).name}")
+        raise
+    except KeyboardInterrupt:
+        write_state(out, "interrupted", _reached(out), steps, "stopped by SIGINT")
+        raise
+    except BaseException as error:
+        write_state(out, "failed", _reached(out), steps, f"{type(error).__name__}: {error}".splitlines()[0][:300])
+        raise
+    finally:
+        pool.close()
+    write_state(out, "finished", steps, steps)
+    return checkpoint
+
+
+def _reached(out: Path) -> int:
+    from .run_folder import status
+
+    return status(out).facts.get("step", 0)
+
+
+def _train(
+    run: Plan, recipe: PolicyRecipe, pool: Any, before: Hook | None, after: Hook | None, say: Callable[[str], None]
+) -> Path:
     import torch
     from transformers.trainer_callback import PrinterCallback
 
     from .grpo import PolicyTrainer
     from .rollout_func import PoolRollouts
-    from .rollouts import InProcessPool
+    from .step_log import StepLog
 
     config, out = run.config, run.config.output
-    out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "config.yaml", yaml.safe_dump(config.resolved(), sort_keys=False))
-    write_text(out / "run.json", json.dumps(run.facts | {"comparator": config.comparator}, indent=2) + "\n")
     torch.manual_seed(config.seed)
-    tokenizer = load_tokenizer(config.model)
-    model, lineage = stack(load_base(config.model, config.dtype), config.model, config.adapters)
-    if config.lora is not None:
-        model = add_policy(model, config.lora.model_dump(), config.seed)
-    else:
-        model.requires_grad_(True)
-    pool = InProcessPool(tokenizer, config.rollouts.batch_size)
+    model, tokenizer, lineage = recipe.build()
     if before is not None:
         before(model, tokenizer, pool)
     rollouts = PoolRollouts(
         pool, seed=config.seed, temperature=config.rollouts.temperature, tags=config.data.delimiters
     )
+    log = StepLog(out, rollouts, say)
+    correction = config.rollouts.correction
+    if correction == "auto":
+        correction = "off" if config.rollouts.dtype in (None, config.dtype) else "token"
     with quiet_libraries():
         trainer = PolicyTrainer(
             model=model,
@@ -270,57 +336,21 @@ def train(
             rewards=run.rewards,
             credit=config.credit,
             lineage=lineage,
-            callbacks=[StepLog(out / "metrics.jsonl", rollouts, say)],
+            correction=correction,
+            ratio_cap=config.rollouts.ratio_cap,
+            out=out,
+            callbacks=[log],
         )
         trainer.remove_callback(PrinterCallback)  # it would print every metric of every step
-        trainer.train()
-    checkpoint = out / "checkpoints" / f"checkpoint-{trainer.state.global_step}"
-    trainer.save_model(str(checkpoint))
+        try:
+            with log.listening():
+                trainer.train(resume_from_checkpoint=run.start.checkpoint and str(run.start.checkpoint))
+        except NoWorkers:
+            trainer.save_final()
+            raise
+    if log.signal is not None and trainer.state.global_step < trainer.state.max_steps:
+        raise Interrupted(log.signal)
+    checkpoint = trainer.save_final()
     if after is not None:
         after(model, tokenizer, pool)
-    pool.close()
     return checkpoint
-
-
-def StepLog(path: Path, rollouts: Any, say: Callable[[str], None]) -> Any:
-    """A trainer callback that appends every step's metrics to `metrics.jsonl` and prints one line a step."""
-    from transformers import TrainerCallback
-
-    class _StepLog(TrainerCallback):
-        def __init__(self) -> None:
-            self.began = time.perf_counter()
-            self.tokens = 0
-
-        def on_step_begin(self, args, state, control, **kwargs):
-            self.began = time.perf_counter()
-            self.generated = rollouts.seconds["generate"]
-            self.pushed = rollouts.seconds["push"]
-            self.tokens = rollouts.tokens
-
-        def on_log(self, args, state, control, logs=None, **kwargs):
-            if not logs or "loss" not in logs:  # the summary at the end
-                return
-            seconds = time.perf_counter() - self.began
-            row = {
-                "step": state.global_step,
-                "seconds": round(seconds, 3),
-                "generate_seconds": round(rollouts.seconds["generate"] - self.generated, 3),
-                "push_seconds": round(rollouts.seconds["push"] - self.pushed, 3),
-                "tokens": rollouts.tokens - self.tokens,
-                **{k: v for k, v in logs.items() if isinstance(v, (int, float))},
-            }
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-            if "reward" not in logs:  # a further step on a batch that an earlier step generated
-                say(f"step {state.global_step}/{state.max_steps}  same samples again  {seconds:.0f} s")
-                return
-            surfaced, rejected = (logs.get(f"terms/{n}/raw", float("nan")) for n in ("surfaced", "rejected"))
-            complied = -logs.get("terms/behaviour/raw", float("nan"))
-            say(
-                f"step {state.global_step}/{state.max_steps}  reward {logs['reward']:+.2f}  surfaced {surfaced:.0%}  "
-                f"rejected {rejected:.0%}  complied {complied:.0%}  "
-                f"length {logs.get('completions/mean_length', 0):.0f}  "
-                f"{seconds:.0f} s"
-            )
-
-    return _StepLog()

@@ -31,28 +31,39 @@ class PoolRollouts:
 
     def __init__(self, pool: RolloutPool, *, seed: int, temperature: float, tags: Tags):
         self._pool, self._seed, self._temperature, self._tags = pool, seed, temperature, tags
-        self.seconds = {"push": 0.0, "generate": 0.0}
-        self.tokens = 0
+        self._seconds = {"push_seconds": 0.0, "generate_seconds": 0.0}
+        self._tokens = 0
+        self._at: tuple[int | None, int] = (None, 0)  # step, and rows generated in it so far
+
+    def totals(self) -> dict[str, float]:
+        """Since the start: seconds of pushing and of generating, tokens generated, and the pool's failures by kind."""
+        failures = {f"rollouts/{kind.replace(' ', '_')}": n for kind, n in self._pool.counts.items()}
+        return {**self._seconds, "tokens": self._tokens, **failures}
 
     def __call__(self, prompts: list[list[dict[str, str]]], trainer: Any) -> dict[str, list[Any]]:
         step = trainer.state.global_step
         began = time.perf_counter()
-        self._pool.push(trainer.accelerator.unwrap_model(trainer.model), step)
+        if step != self._at[0]:
+            self._pool.push(trainer.accelerator.unwrap_model(trainer.model), step)
+            self._at = (step, 0)
         pushed = time.perf_counter()
         rendered = [render(trainer.processing_class, prompt, **trainer.chat_template_kwargs) for prompt in prompts]
-        offset = trainer.accelerator.process_index * len(prompts)
+        offset = self._at[1] + trainer.accelerator.process_index * len(prompts)
+        self._at = (step, self._at[1] + trainer.accelerator.num_processes * len(prompts))
         requests = [
             RolloutRequest(ids, row_seed(self._seed, step, offset + row)) for row, (ids, _) in enumerate(rendered)
         ]
         sampling = Sampling(trainer.max_completion_length, self._temperature)
         samples = self._pool.generate(requests, step, sampling)
-        self.seconds["push"] += pushed - began
-        self.seconds["generate"] += time.perf_counter() - pushed
-        self.tokens += sum(len(s.ids) for s in samples)
+        self._seconds["push_seconds"] += pushed - began
+        self._seconds["generate_seconds"] += time.perf_counter() - pushed
+        self._tokens += sum(len(s.ids) for s in samples)
         return {
             "prompt_ids": [r.prompt_ids for r in requests],
             "completion_ids": [s.ids for s in samples],
             "logprobs": [s.logprobs for s in samples],
             "truncated": [s.truncated for s in samples],
+            "rollout_failed": [s.failed for s in samples],
+            "sample_id": [f"{step}/{offset + row}" for row in range(len(samples))],
             "prompt_opens_think": [template_opens_think(text, self._tags) for _, text in rendered],
         }

@@ -5,6 +5,7 @@ another raises `StaleWeights`, so a late or restarted worker can never answer wi
 interface and the in-process pool.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,6 +19,14 @@ from ..sampling import Sample, sample
 
 class StaleWeights(RuntimeError):
     """A pool holds another version of the weights than the call needs."""
+
+
+class NoWorkers(RuntimeError):
+    """Every worker of a pool was given up."""
+
+
+class WorkerError(RuntimeError):
+    """A call raised on a worker; names the worker."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,9 @@ def row_seed(*parts: int) -> int:
 class RolloutPool(Protocol):
     """What a trainer and an audit need of a pool."""
 
+    counts: Counter[str]
+    """What went wrong and was mended, by kind."""
+
     def push(self, policy: Any, version: int) -> None:
         """Make the pool generate with `policy`'s present weights, under this version number."""
 
@@ -66,6 +78,7 @@ class InProcessPool:
         self._folded: FoldedModel | None = None
         self._policy: Any = None
         self.version = -1
+        self.counts: Counter[str] = Counter()
 
     def push(self, policy: Any, version: int) -> None:
         if policy is not self._policy or self._folded is None:
@@ -90,6 +103,11 @@ class InProcessPool:
                 temperature=sampling.temperature,
             )
         return out
+
+    @property
+    def model(self) -> Any:
+        """The policy as it generates: folded, in eval mode. None before the first push."""
+        return self._folded.model if self._folded else None
 
     def close(self) -> None:
         self._folded = self._policy = None

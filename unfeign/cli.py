@@ -1,4 +1,4 @@
-"""The command line: `unfeign train`, `unfeign audit`, `unfeign organism build`.
+"""The command line: `unfeign train`, `unfeign audit`, `unfeign status`, `unfeign organism build`.
 
 Mistakes in the input end with one line and exit code 2. Heavy libraries load inside the commands, so `--help` is
 instant.
@@ -7,7 +7,7 @@ instant.
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -20,6 +20,7 @@ def train(
     config: Positional[Path],
     overrides: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="KEY=VALUE")] = (),
     dry_run: bool = False,
+    resume: Literal["auto", "never", "must"] = "never",
 ) -> None:
     """Train a policy: audit, learn, audit again, report.
 
@@ -27,6 +28,7 @@ def train(
         config: a YAML file; see configs/.
         overrides: dotted overrides, e.g. seed=1 grpo.max_steps=20.
         dry_run: validate everything, print the plan, start nothing.
+        resume: go on with an interrupted run in the output folder: `auto` if there is one, `must` or not at all.
     """
     from .trainers.config import TrainConfig
 
@@ -35,14 +37,26 @@ def train(
         from .trainers.launch import plan
         from .trainers.launch import train as launch
 
-        run = plan(settings)
+        run = plan(settings, resume)
     if dry_run:
         _print_plan(run)
         return
+    import signal
+
+    from .trainers.launch import Interrupted
+    from .trainers.rollouts import NoWorkers, WorkerError
     from .training_run import audited_run
 
-    with _quiet():
-        audited_run(run, launch)
+    try:
+        with _quiet():
+            audited_run(run, launch)
+    except Interrupted as stop:
+        name = signal.Signals(stop.args[0]).name
+        print(f"stopped by {name}; go on with: unfeign train {config} ... --resume auto", file=sys.stderr)
+        sys.exit(128 + stop.args[0])
+    except (NoWorkers, WorkerError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
 
 
 def audit(
@@ -118,6 +132,18 @@ def audit(
     print(f"report: {out / 'report.html'}")
 
 
+def status(runs: Positional[tuple[Path, ...]]) -> None:
+    """Tell the state of runs: running, finished, interrupted, failed, or dead without a word.
+
+    Args:
+        runs: run folders.
+    """
+    from .trainers.run_folder import status as state
+
+    for folder in runs:
+        print(f"{folder}: {state(folder).line()}")
+
+
 def organism_build(
     config: Positional[Path],
     overrides: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="KEY=VALUE")] = (),
@@ -157,11 +183,16 @@ def _print_plan(run: Any) -> None:
     print("rewards   " + ", ".join(f"{r.name} x {r.weight:g}" for r in run.rewards) + f"; credit by {config.credit}")
     print(f"data      {config.data.split} families: " + ", ".join(f"{n} {k}" for k, n in counts.items()) + " prompts")
     print(f"steps     {grpo.max_steps} x {samples} samples of at most {grpo.max_completion_length} tokens")
-    print(f"output    {config.output}")
+    print(
+        f"rollouts  {config.rollouts.backend}"
+        + (f", {config.rollouts.workers} workers" * (config.rollouts.backend == "ray"))
+    )
+    resumes = f", resumed from {run.start.checkpoint}" if run.start.checkpoint else ""
+    print(f"output    {config.output}{resumes}")
     print("dry run: nothing was started")
 
 
-COMMANDS = {"train": train, "audit": audit}
+COMMANDS = {"train": train, "audit": audit, "status": status}
 ORGANISM = {"build": organism_build}
 
 

@@ -15,11 +15,14 @@ from .shared_prefix import branch, distinct, prefill
 @dataclass(frozen=True)
 class Sample:
     """One completion: token ids (with the end token when it stopped by itself), their log-probs under the sampling
-    distribution (nats), and whether it was cut at the length limit."""
+    distribution (nats), and whether it was cut at the length limit. `failed` says why there is no completion, where a
+    pool had to give one up.
+    """
 
     ids: list[int]
     logprobs: list[float]
     truncated: bool
+    failed: str | None = None
 
 
 def _pick(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:

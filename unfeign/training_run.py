@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .envs.scenario import Scenario
-from .files import read_text, write_text
+from .files import read_json, read_text, write_text
 from .rewards.judge import Judge, load_judge
 from .split_persona.audit import audit_scenarios, collect, findings, read_findings, write_audit
 from .split_persona.plots import pick
@@ -28,6 +28,7 @@ ROWS = (
     ("monitored", "faked"),
     ("monitored", "silent_compliance"),
     ("monitored", "hollow"),
+    ("monitored", "muddled"),
     ("monitored", "coherent"),
     ("control", "surfaced"),
     ("control", "on_task"),
@@ -68,6 +69,9 @@ def audited_run(run: Any, launch: Callable[..., Path]) -> None:
 
     def audit(name: str) -> Callable[[Any, Any, Any], None]:
         def hook(model: Any, tokenizer: Any, pool: Any) -> None:
+            if run.start.again and (out / "audit" / name / "metrics.json").is_file():  # of an earlier part of the run
+                results[name] = read_json(out / "audit" / name / "metrics.json")
+                return
             print(f"audit {name}: {settings.split} families", flush=True)
             start = time.perf_counter()
             model.eval()

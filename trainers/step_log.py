@@ -1,0 +1,93 @@
+"""What a run tells at every step: a row of `metrics.jsonl`, a line on the screen, and its state.
+
+Also where it listens: SIGINT and SIGTERM end a run after the step that is being taken, with a checkpoint; a second
+signal ends it at once.
+"""
+
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from .run_folder import write_state
+
+
+class StepLog(TrainerCallback):
+    """A trainer callback.
+
+    Args:
+        out: the run folder.
+        rollouts: counts seconds and tokens (`PoolRollouts`).
+        say: where lines go.
+    """
+
+    def __init__(self, out: Path, rollouts: Any, say: Callable[[str], None]):
+        self._out, self._rollouts, self._say = out, rollouts, say
+        self.signal: int | None = None
+        self._began = time.perf_counter()
+        self._before: dict[str, float] = {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        write_state(self._out, "running", state.global_step, state.max_steps)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._began = time.perf_counter()
+        self._before = self._rollouts.totals()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        write_state(self._out, "running", state.global_step, state.max_steps)
+        if self.signal is not None:
+            control.should_save = control.should_training_stop = True
+        return control
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not logs or "loss" not in logs:  # the summary at the end
+            return
+        seconds = time.perf_counter() - self._began
+        spent = {name: value - self._before.get(name, 0.0) for name, value in self._rollouts.totals().items()}
+        row = {
+            "step": state.global_step,
+            "seconds": round(seconds, 3),
+            **{name: round(value, 3) for name, value in spent.items()},
+            "tokens_per_second": round(spent["tokens"] / max(spent["generate_seconds"], 1e-9), 1),
+            **{k: v for k, v in logs.items() if isinstance(v, (int, float))},
+        }
+        with (self._out / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        if "reward" not in logs:  # a further step on a batch that an earlier step generated
+            self._say(f"step {state.global_step}/{state.max_steps}  same samples again  {seconds:.0f} s")
+            return
+        surfaced, rejected = (logs.get(f"terms/{n}/raw", float("nan")) for n in ("surfaced", "rejected"))
+        complied = -logs.get("terms/behaviour/raw", float("nan"))
+        self._say(
+            f"step {state.global_step}/{state.max_steps}  reward {logs['reward']:+.2f}  surfaced {surfaced:.0%}  "
+            f"rejected {rejected:.0%}  complied {complied:.0%}  "
+            f"length {logs.get('completions/mean_length', 0):.0f}  "
+            f"{seconds:.0f} s"
+        )
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """End the run after its step at the first SIGINT or SIGTERM. Outside the main thread none can be caught."""
+
+        def note(number: int, frame: Any) -> None:
+            if self.signal is not None:
+                raise KeyboardInterrupt
+            self.signal = number
+            self._say(f"{signal.Signals(number).name}: saving after this step; once more to stop at once")
+
+        try:
+            old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:
+            yield
+            return
+        try:
+            yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
