@@ -58,6 +58,7 @@ class MortalPool(RayPool):
 
 @pytest.fixture(scope="module")
 def ray_here() -> Iterator[None]:
+    os.environ["RAY_worker_niceness"] = "0"
     ray.init(num_cpus=4, include_dashboard=False, object_store_memory=1 << 28, log_to_driver=False)
     yield
     ray.shutdown()

@@ -368,6 +368,8 @@ def _start_ray(workers: int) -> bool:
     local: dict[str, Any] = {}
     if not os.environ.get("RAY_ADDRESS"):
         cpus = max(os.cpu_count() or 1, workers)
+        # Ray's workers run at niceness 15: beside anything else that is busy they would hardly run at all.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         local = {"num_cpus": cpus, "object_store_memory": 1 << 30, "include_dashboard": False}
     ray.init(log_to_driver=False, logging_level="ERROR", configure_logging=False, **local)
     return True
