@@ -58,7 +58,7 @@ class MortalPool(RayPool):
 
 @pytest.fixture(scope="module")
 def ray_here() -> Iterator[None]:
-    os.environ["RAY_worker_niceness"] = "0"
+    os.environ.setdefault("RAY_worker_niceness", "0")
     ray.init(num_cpus=4, include_dashboard=False, object_store_memory=1 << 28, log_to_driver=False)
     yield
     ray.shutdown()
@@ -238,3 +238,36 @@ def test_bf16_weights_travel_as_their_bits():
     twin = torch.nn.Linear(3, 2)
     put(weights, twin)
     assert torch.equal(twin.weight, model.weight.float())
+
+
+def test_a_run_on_ray_is_the_run_in_process(ray_here, tiny_config, tiny_organism, reward_source, tmp_path):
+    """Same samples, same rewards, same losses; and a worker killed on the way changes nothing."""
+    import json
+
+    from unfeign.trainers import launch
+    from unfeign.trainers.config import TrainConfig
+
+    (tmp_path / "mine.py").write_text(reward_source)
+    config = tiny_config(
+        tmp_path,
+        adapters=[str(tiny_organism)],
+        rewards=[{"fn": "mine.py:variety"}],
+        audit={"before": False, "after": False},
+    )
+    logs = {}
+    for backend in ("in_process", "ray"):
+        out = tmp_path / backend
+        run = launch.plan(
+            TrainConfig.load(config, (f"rollouts.backend={backend}", f"output={out}", "grpo.max_steps=3"))
+        )
+
+        def lose_a_worker(model: Any, tokenizer: Any, pool: Any) -> None:
+            if isinstance(pool, RayPool):
+                kill(pool._slots[0])
+
+        launch.train(run, before=lose_a_worker, say=lambda line: None)
+        logs[backend] = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    for here_row, ray_row in zip(logs["in_process"], logs["ray"], strict=True):
+        for key in ("step", "reward", "loss", "tokens", "grad_norm"):
+            assert ray_row[key] == pytest.approx(here_row[key], abs=1e-4), key
+    assert sum(row.get("rollouts/died", 0) for row in logs["ray"]) == 1

@@ -62,13 +62,19 @@ class StepLog(TrainerCallback):
         if "reward" not in logs:  # a further step on a batch that an earlier step generated
             self._say(f"step {state.global_step}/{state.max_steps}  same samples again  {seconds:.0f} s")
             return
-        surfaced, rejected = (logs.get(f"terms/{n}/raw", float("nan")) for n in ("surfaced", "rejected"))
-        complied = -logs.get("terms/behaviour/raw", float("nan"))
+        shares = [
+            f"  {name} {abs(logs[key]):.0%}"
+            for name, key in (
+                ("surfaced", "terms/surfaced/raw"),
+                ("rejected", "terms/rejected/raw"),
+                ("complied", "terms/behaviour/raw" if "terms/behaviour/raw" in logs else "terms/pressure/raw"),
+            )
+            if key in logs  # a reward need not have these terms, nor a batch a prompt where they apply
+        ]
+        length = logs.get("completions/mean_length", 0)
         self._say(
-            f"step {state.global_step}/{state.max_steps}  reward {logs['reward']:+.2f}  surfaced {surfaced:.0%}  "
-            f"rejected {rejected:.0%}  complied {complied:.0%}  "
-            f"length {logs.get('completions/mean_length', 0):.0f}  "
-            f"{seconds:.0f} s"
+            f"step {state.global_step}/{state.max_steps}  reward {logs['reward']:+.2f}{''.join(shares)}  "
+            f"length {length:.0f}  {seconds:.0f} s"
         )
 
     @contextmanager
