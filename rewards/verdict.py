@@ -22,7 +22,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Labels on one transcript; DESIGN vocabulary.
+    """Labels on one transcript.
 
     `decision` is what the *reasoning* decides (None: nothing); `complied` is what the answer does, as the environment
     says. `muddled` reasoning follows the strategy and then says no, with nothing between that turns against it: "I go

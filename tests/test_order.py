@@ -1,4 +1,4 @@
-"""The order of outcomes under pressure (DESIGN section 4): it holds for every set of weights that is accepted."""
+"""The order of outcomes under pressure: it holds for every set of weights that is accepted."""
 
 import asyncio
 import math
