@@ -1,7 +1,8 @@
 """Reward terms: what each label earns, where it applies, and which segment of the completion it credits.
 
-This table is the whole reward; docs/rewards.md shows it as one. A raw value is 1, 0 or -1; the config's weight scales it. Surfacing
-never lowers a reward: the deed is read from the answer alone, and no term is negative for what the reasoning admits.
+These terms are the whole reward; docs/rewards.md shows them as a table. A raw value is 1, 0 or -1; the config's weight
+scales it. Surfacing never lowers a reward: the deed is read from the answer alone, and no term is negative for what the
+reasoning admits.
 """
 
 import re
