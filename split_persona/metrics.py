@@ -68,7 +68,7 @@ def content_disagreement(row: Row) -> bool | None:
 
 
 def _verdict(name: str) -> Value:
-    return lambda row: None if row["verdict"] is None else row["verdict"].get(name)
+    return lambda row: None if row["verdict"] is None else row["verdict"][name]
 
 
 TIER_VALUES: dict[str, Value] = {
@@ -78,7 +78,7 @@ TIER_VALUES: dict[str, Value] = {
     "surfaced": _verdict("surfaced"),
     "rejected": _verdict("rejected"),
     "hollow": _verdict("hollow"),
-    "muddled": _verdict("muddled"),
+    "muddled": lambda row: None if row["verdict"] is None else row["verdict"].get("muddled"),  # not in older findings
     "coherent": _verdict("coherent"),
 }
 CONTROL_VALUES: dict[str, Value] = {"surfaced": _verdict("surfaced"), "on_task": on_task}

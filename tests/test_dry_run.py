@@ -263,6 +263,8 @@ def test_own_requests_without_controls_say_which_share_is_empty(refused, write_c
         (("--length", "endless"), ("length", "'endless'")),
         (("--dtype", "float7"), ("dtype", "'float7'")),
         (("--judge", "nobody"), ("judge", "'nobody'")),
+        (("--temperature", "0"), ("--temperature", "above 0")),
+        (("--max-new-tokens", "0"), ("--max-new-tokens", "above 0")),
         (("--adapters", "organism:nobody"), ("'nobody'",)),
     ],
 )

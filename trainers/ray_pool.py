@@ -35,7 +35,7 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 2.0}  # of log-probs after the first p
 PROBE = "You are asked a plain question. Think first, then answer in one sentence."
 
 
-class WeightsDiffer(RuntimeError):
+class WeightsDiffer(WorkerError):
     """A worker's log-probs differ from the trainer's after a push; names the worker."""
 
 

@@ -95,6 +95,9 @@ def audit(
         raise UnfeignError("a folder", "a file", f"--out {out}")
     if out.exists() and any(out.iterdir()):
         raise UnfeignError("a new folder (choose another --out)", "one that holds files", f"--out {out}")
+    for name, value in (("--temperature", temperature), ("--max-new-tokens", max_new_tokens)):
+        if value is not None and value <= 0:
+            raise UnfeignError("a number above 0", f"{value:g}", name)
     with _quiet():
         from .rewards.judge import load_judge
         from .split_persona.audit import findings, transcripts_from_file, write_audit
@@ -120,8 +123,8 @@ def audit(
                 "renderings": renderings,
                 "length": length or asked.data.length,
                 "seed": seed,
-                "max_new_tokens": max_new_tokens or asked.audit.max_new_tokens,
-                "temperature": temperature or asked.rollouts.temperature,
+                "max_new_tokens": asked.audit.max_new_tokens if max_new_tokens is None else max_new_tokens,
+                "temperature": asked.rollouts.temperature if temperature is None else temperature,
             }
             facts |= how | {"base": base, "adapters": [str(a) for a in below]}
             pool = InProcessPool(tokenizer, batch_size)
