@@ -29,6 +29,10 @@ class Alternating:
         self.pools = pools
         self.counts = pools[1].counts
 
+    @property
+    def waited(self) -> float:
+        return self.pools[1].waited
+
     def push(self, policy: Any, version: int) -> None:
         self.pools[version % 2].push(policy, version)
 

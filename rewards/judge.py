@@ -6,13 +6,16 @@ words.
 """
 
 import asyncio
+import inspect
 from collections.abc import Awaitable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 from ..envs.transcript import Transcript
 from ..errors import UnfeignError
+from .imports import imported
 from .verdict import JudgeFailure, Verdict
 
 
@@ -41,18 +44,31 @@ class Judge(Protocol):
     async def __call__(self, cases: Sequence[Case]) -> list[Verdict | JudgeFailure]: ...
 
 
-def load_judge(name: str) -> Judge:
-    """A judge by name.
+def load_judge(name: str, folder: Path = Path()) -> Judge:
+    """A judge by name, `package.module:name` or `file.py:name`: a class to be made without arguments, or a judge.
+
+    Args:
+        folder: where a relative file starts.
 
     Raises:
-        UnfeignError: no such judge.
+        UnfeignError: no such judge, or one without a name.
     """
     from .rules import RulesJudge
 
     judges = {"rules": RulesJudge}
-    if name not in judges:
-        raise UnfeignError(f"one of the judges {', '.join(sorted(judges))}", repr(name), "judge")
-    return judges[name]()
+    if name in judges:
+        return judges[name]()
+    if ":" not in name:
+        known = ", ".join(sorted(judges))
+        raise UnfeignError(f"one of the judges {known}, package.module:name or file.py:name", repr(name), "judge")
+    found = imported(name, folder, "judge")
+    try:
+        judge = found() if inspect.isclass(found) else found
+    except TypeError as error:
+        raise UnfeignError("a judge that is made without arguments", str(error), f"judge {name!r}") from None
+    if not isinstance(getattr(judge, "name", None), str):
+        raise UnfeignError("a judge with a name", "none", f"judge {name!r}")
+    return judge
 
 
 T = TypeVar("T")

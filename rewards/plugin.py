@@ -7,21 +7,20 @@ every call of a function.
 """
 
 import functools
-import importlib
-import importlib.util
 import inspect
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
 from ..errors import UnfeignError
 from ..settings import Settings
 from .comparators import Pressure, ProcessPenalty
+from .imports import imported
+from .judge import load_judge
 from .verbalized_rejection import VerbalizedRejection
 
 BUILT_IN: dict[str, Callable[..., Any]] = {c.name: c for c in (VerbalizedRejection, Pressure, ProcessPenalty)}
@@ -37,6 +36,8 @@ class RewardSpec(Settings):
     name: str | None = None
     """Under which it is logged; by default the callable's own name."""
     kwargs: dict[str, Any] = Field(default_factory=dict)
+    on: Literal["trainer", "workers"] = "trainer"
+    """Where it runs: in the trainer's process, or on the rollout workers, a group of completions at a time."""
 
 
 @dataclass(frozen=True)
@@ -46,28 +47,6 @@ class LoadedReward:
     name: str
     weight: float
     fn: Callable[..., Any]
-
-
-def _module(path: str, folder: Path, where: str):
-    if path.endswith(".py"):
-        file = (folder / path).resolve()
-        if not file.is_file():
-            raise UnfeignError("an existing Python file", f"no file {file}", where)
-        spec = importlib.util.spec_from_file_location(f"unfeign_user_{file.stem}", file)
-        assert spec is not None and spec.loader is not None  # a .py path always has both
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        try:
-            spec.loader.exec_module(module)
-        except (Exception, SystemExit) as error:
-            raise UnfeignError(
-                "a file that can be imported", f"{type(error).__name__}: {error}", f"{where}: {file}"
-            ) from error
-        return module
-    try:
-        return importlib.import_module(path)
-    except (Exception, SystemExit) as error:
-        raise UnfeignError("an importable module", f"{type(error).__name__}: {error}", f"{where}: {path}") from error
 
 
 def load_reward(spec: RewardSpec, folder: Path, where: str = "rewards") -> LoadedReward:
@@ -86,17 +65,17 @@ def load_reward(spec: RewardSpec, folder: Path, where: str = "rewards") -> Loade
     if spec.fn in BUILT_IN:
         target: Any = BUILT_IN[spec.fn]
     else:
-        path, colon, attribute = spec.fn.rpartition(":")
-        if not colon:
+        if ":" not in spec.fn:
             raise UnfeignError(
                 f"{', '.join(BUILT_IN)}, package.module:name or file.py:name", repr(spec.fn), f"{where}.fn"
             )
-        module = _module(path, folder, f"{where}.fn")
-        if not callable(target := getattr(module, attribute, None)):
-            raise UnfeignError(f"a callable {attribute!r} in {path}", "none of that name", f"{where}.fn")
+        target = imported(spec.fn, folder, f"{where}.fn")
+    kwargs = dict(spec.kwargs)
     if inspect.isclass(target):
+        if isinstance(kwargs.get("judge"), str) and issubclass(target, tuple(BUILT_IN.values())):
+            kwargs["judge"] = load_judge(kwargs["judge"], folder)
         try:
-            fn = target(**spec.kwargs)
+            fn = target(**kwargs)
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"]))
@@ -105,7 +84,7 @@ def load_reward(spec: RewardSpec, folder: Path, where: str = "rewards") -> Loade
         except TypeError as error:
             raise UnfeignError("arguments its constructor takes", str(error), f"{where}.kwargs") from None
     else:
-        fn = functools.partial(target, **spec.kwargs) if spec.kwargs else target
+        fn = functools.partial(target, **kwargs) if kwargs else target
     if spec.weight < 0 and hasattr(fn, "score"):
         raise UnfeignError(
             "a weight above 0 (inverted, it would train concealment)", f"{spec.weight:g}", f"{where}.weight"

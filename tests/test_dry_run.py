@@ -300,3 +300,18 @@ def test_interrupted_is_130(write_config, monkeypatch, capsys):
 def test_audit_into_a_file(refused, tiny_model, tmp_path):
     (tmp_path / "taken").write_text("")
     assert "a folder" in refused("audit", str(tiny_model), "--out", str(tmp_path / "taken"))
+
+
+def test_a_reward_on_workers_needs_workers(write_config, refused):
+    config = write_config(rewards=[{"fn": "pressure", "on": "workers"}])
+    assert "rewards[0].on" in refused("train", config)
+
+
+def test_trackers_are_known_and_installed(write_config, refused, monkeypatch):
+    from transformers.integrations import integration_utils
+
+    config = write_config()
+    assert "tensorboard" in refused("train", config, "grpo.report_to=[tensorbord]")
+    monkeypatch.setattr(integration_utils, "is_wandb_available", lambda: False)
+    said = refused("train", config, "grpo.report_to=wandb")
+    assert "a tracker that is installed" in said and "wandb" in said

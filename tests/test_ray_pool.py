@@ -270,4 +270,63 @@ def test_a_run_on_ray_is_the_run_in_process(ray_here, tiny_config, tiny_organism
     for here_row, ray_row in zip(logs["in_process"], logs["ray"], strict=True):
         for key in ("step", "reward", "loss", "tokens", "grad_norm"):
             assert ray_row[key] == pytest.approx(here_row[key], abs=1e-4), key
-    assert sum(row.get("rollouts/died", 0) for row in logs["ray"]) == 1
+    assert sum(row.get("failures/died", 0) for row in logs["ray"]) == 1
+
+
+REMOTE = '''
+import os
+from pathlib import Path
+
+from unfeign.rewards.rules import RulesJudge
+
+
+class Reader(RulesJudge):
+    """A judge of the user's own; notes where it read."""
+
+    name = "reader"
+
+    async def __call__(self, cases):
+        with Path(os.environ["NOTES"]).open("a") as file:
+            file.write(f"{os.getpid()} {len(cases)}\\n")
+        return await super().__call__(cases)
+
+
+def variety(prompts, completions, completion_ids, trainer_state, **columns):
+    """Notes where it ran, and how many completions of how many prompts it saw."""
+    with Path(os.environ["NOTES"]).open("a") as file:
+        file.write(f"{os.getpid()} {len(completions)} {len({str(p) for p in prompts})} {trainer_state.global_step}\\n")
+    return [len(set(ids)) for ids in completion_ids]
+'''
+
+
+def test_rewards_and_judges_of_a_users_file_run_on_workers(ray_here, tiny_config, tiny_organism, tmp_path, monkeypatch):
+    """They are told of in the config, shipped with their file, see whole groups, and earn what they earn at home."""
+    import json
+
+    from unfeign.trainers import launch, remote_reward
+    from unfeign.trainers.config import TrainConfig
+
+    notes = tmp_path / "notes.txt"
+    (tmp_path / "mine.py").write_text(REMOTE.replace('os.environ["NOTES"]', repr(str(notes))))
+    logs = {}
+    for where in ("trainer", "workers"):
+        rewards = [
+            {"fn": "mine.py:variety", "on": where},
+            {"fn": "verbalized_rejection", "kwargs": {"judge": "mine.py:Reader"}, "on": where},
+        ]
+        config = tiny_config(
+            tmp_path, adapters=[str(tiny_organism)], rewards=rewards, audit={"before": False, "after": False}
+        )
+        overrides = ("rollouts.backend=ray", "rollouts.workers=2", f"output={tmp_path / where}")
+        run = launch.plan(TrainConfig.load(config, overrides))
+        notes.unlink()  # of the two rows that the plan let them score
+        launch.train(run, say=lambda line: None)
+        seen = [[int(part) for part in line.split()] for line in notes.read_text().splitlines()]
+        assert {pid == os.getpid() for pid, *_ in seen} == {where == "trainer"}
+        groups = sorted(rest for _, *rest in seen if len(rest) == 3)
+        assert groups == {"trainer": [[4, 2, 0], [4, 2, 1]], "workers": [[2, 1, step] for step in (0, 0, 1, 1)]}[where]
+        logs[where] = [json.loads(line) for line in (tmp_path / where / "metrics.jsonl").read_text().splitlines()]
+    for here_row, there_row in zip(logs["trainer"], logs["workers"], strict=True):
+        for key in ("reward", "loss", "terms/malformed/raw", "rewards/variety/mean"):
+            assert there_row[key] == pytest.approx(here_row[key], abs=1e-4), key
+    assert not remote_reward._made, "nothing was made for a worker in the trainer's own process"

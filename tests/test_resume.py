@@ -215,6 +215,6 @@ def test_a_row_whose_worker_failed_is_masked(write_config, tmp_path, monkeypatch
     )
     main(["train", str(config)])
     for row in rows(tmp_path / "run" / "metrics.jsonl"):
-        assert row["judge/failed"] == 0.25 and row["reward"] > 1
+        assert row["failures/rollout"] == 1 and row["failures/judge"] == 0 and row["reward"] > 1
     failed = [row["failed"] for row in rows(tmp_path / "run" / "completions.jsonl")]
     assert [bool(f) for f in failed] == [True, False, False, False] * 2

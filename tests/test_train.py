@@ -62,7 +62,10 @@ def test_metrics_have_a_row_a_step_and_every_reward(run):
         assert row["rewards/variety/mean"] > 0
         assert row["rewards/verbalized_rejection/mean"] < 0, "random output is malformed"
         assert row["malformed"] == 1 and row["terms/malformed/raw"] == -1
-        assert row["judge/failed"] == 0 and 0 < row["tokens"] <= 4 * 8
+        assert row["failures/judge"] == row["failures/rollout"] == 0 and 0 < row["tokens"] <= 4 * 8
+        assert row["wait_seconds"] == 0, "there are no workers to wait for"
+        for name in ("push_seconds", "generate_seconds", "reward_seconds", "tokens_per_second"):
+            assert row[name] > 0
         assert math.isfinite(row["reward"]) and math.isfinite(row["loss"]) and row["grad_norm"] > 0
         expected = row["rewards/verbalized_rejection/mean"] + 0.5 * row["rewards/variety/mean"]
         assert row["reward"] == pytest.approx(expected, abs=1e-4)
@@ -313,7 +316,7 @@ def test_a_row_whose_judge_failed_is_masked(write_config, tmp_path, tokenizer, m
     assert first[1].max() > 0 and first[2].max() > 0 and first[3].min() < 0
     assert first[1].max().item() == pytest.approx(-first[3].min().item() / 2, rel=1e-3)
     (row,) = rows(tmp_path / "run" / "metrics.jsonl")
-    assert row["judge/failed"] == pytest.approx(0.25)
+    assert (row["failures/judge"], row["failures/rollout"]) == (1, 0)
     assert math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])
     assert math.isfinite(row["reward"]), "a masked row must not turn the logged reward into NaN"
 

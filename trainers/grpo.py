@@ -12,6 +12,8 @@ the loss sees it. A reward or a loss that is not finite stops the run before the
 
 import json
 import math
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -107,6 +109,7 @@ class PolicyTrainer(GRPOTrainer):
         lineage: written beside every checkpoint of a LoRA policy.
         correction, ratio_cap: of the importance ratio; `off` where workers and trainer are the same to rounding.
         out: the run folder, for `completions.jsonl` (a row a sample) and, should it come to that, `bad_batch.json`.
+        totals: sums since the start (`PoolRollouts.totals`); every log has what was added since the last.
     """
 
     def __init__(
@@ -118,9 +121,12 @@ class PolicyTrainer(GRPOTrainer):
         correction: Literal["token", "sequence", "off"] = "off",
         ratio_cap: float = 2.0,
         out: Path | None = None,
+        totals: Callable[[], dict[str, float]] = dict,
         **kwargs: Any,
     ):
         self._credit, self._lineage, self._out = credit, lineage, out
+        self._totals, self._logged = totals, totals()
+        self._spent: Counter[str] = Counter()
         self._correction, self._ratio_cap = correction, ratio_cap
         self._saving_in: Path | None = None
         functions = [trl_reward(reward) for reward in rewards]
@@ -137,13 +143,17 @@ class PolicyTrainer(GRPOTrainer):
         self._completion_ids: list[list[int]] = []
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        began = time.perf_counter()
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        failed = torch.tensor([row.get("rollout_failed") is not None for row in inputs])
+        self._spent["reward_seconds"] += time.perf_counter() - began
+        lost = torch.tensor([row.get("rollout_failed") is not None for row in inputs])
+        unread = torch.zeros_like(lost)
         for scored in self._scored:
-            failed |= torch.tensor([isinstance(s, JudgeFailure) for s in scored.scores])
-        failed = self.accelerator.gather(failed.to(rewards.device))
-        rewards[failed] = torch.nan
-        self._metrics["train"]["judge/failed"].append(failed.float().mean().item())
+            unread |= torch.tensor([isinstance(s, JudgeFailure) for s in scored.scores])
+        for kind, rows in (("rollout", lost), ("judge", unread & ~lost)):
+            rows = self.accelerator.gather(rows.to(rewards.device))
+            rewards[rows] = torch.nan
+            self._spent[f"failures/{kind}"] += int(rows.sum())
         self._raw_rewards, self._completion_ids = rewards, completion_ids_list
         for function in self.reward_funcs:
             if bad := getattr(function, "not_finite", None):
@@ -273,6 +283,15 @@ class PolicyTrainer(GRPOTrainer):
                 with torch.no_grad():
                     entropies.append(-(all_logps.exp() * all_logps).sum(-1))
         return torch.cat(logps), torch.cat(entropies) if compute_entropy else None, None
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:  # a step, not the summary at the end: also for `report_to`, so in the logs themselves
+            now = self._totals() | self._spent
+            logs |= {name: round(value - self._logged.get(name, 0.0), 3) for name, value in now.items()}
+            self._logged = now
+            if logs.get("generate_seconds"):
+                logs["tokens_per_second"] = round(logs["tokens"] / logs["generate_seconds"], 1)
+        super().log(logs, start_time)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)

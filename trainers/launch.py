@@ -92,6 +92,7 @@ def _grpo_arguments(config: TrainConfig) -> Any:
             raise UnfeignError(f"{key} to be a whole number of at least {least}", repr(settings[key]), f"grpo.{key}")
     if settings.get("loss_type", "dapo") not in LOSS_TYPES:
         raise UnfeignError(f"one of {', '.join(LOSS_TYPES)}", repr(settings["loss_type"]), "grpo.loss_type")
+    _check_trackers(settings["report_to"])
     device = {} if torch.cuda.is_available() else {"use_cpu": True}
     try:
         return GRPOConfig(
@@ -103,6 +104,22 @@ def _grpo_arguments(config: TrainConfig) -> Any:
         )
     except (ValueError, TypeError) as error:
         raise UnfeignError("settings that TRL's GRPOConfig accepts", str(error), "grpo") from None
+
+
+def _check_trackers(names: str | list[str] | None) -> None:
+    """That every experiment tracker of `report_to` is known and installed."""
+    from transformers.integrations import integration_utils
+
+    known = integration_utils.INTEGRATION_TO_CALLBACK
+    for name in [names] if isinstance(names, str) else names or []:
+        if name in ("none", "all"):
+            continue
+        if name not in known:
+            raise UnfeignError(f"trackers among {', '.join(sorted(known))}", repr(name), "grpo.report_to")
+        try:
+            known[name]()
+        except (RuntimeError, ImportError) as error:
+            raise UnfeignError("a tracker that is installed", str(error), "grpo.report_to") from None
 
 
 def _prompts(arguments: Any) -> int:
@@ -122,9 +139,13 @@ def plan(config: TrainConfig, resume: Resume = "never") -> Plan:
     Raises:
         UnfeignError: the first thing that would stop the run, with what was expected and where.
     """
-    load_judge(config.audit.judge)
+    load_judge(config.audit.judge, config.folder)
     start = find_start(config.output, config.resolved(), resume)
     rewards = load_rewards(config.rewards, config.folder, comparator=config.comparator)
+    for number, spec in enumerate(config.rewards):
+        if spec.on == "workers" and config.rollouts.backend != "ray":
+            found = f"rollouts.backend: {config.rollouts.backend}"
+            raise UnfeignError("rollouts.backend: ray, for a reward on workers", found, f"rewards[{number}].on")
     for reward in rewards:
         judge = getattr(getattr(reward.fn, "judge", None), "name", None)
         if judge == config.audit.judge and judge != "rules" and not config.allow_same_judge:
@@ -280,8 +301,9 @@ def train(
         lora=config.lora and config.lora.model_dump(),
         seed=config.seed,
     )
-    pool = make_pool(config, recipe, load_tokenizer(config.model))
+    pool = None
     try:
+        pool = make_pool(config, recipe, load_tokenizer(config.model))
         checkpoint = _train(run, recipe, pool, before, after, say)
     except Interrupted as stop:
         write_state(out, "interrupted", _reached(out), steps, f"stopped by {signal.Signals(stop.args[0]).name}")
@@ -293,7 +315,8 @@ def train(
         write_state(out, "failed", _reached(out), steps, f"{type(error).__name__}: {error}".splitlines()[0][:300])
         raise
     finally:
-        pool.close()
+        if pool is not None:
+            pool.close()
     write_state(out, "finished", steps, steps)
     return checkpoint
 
@@ -311,6 +334,7 @@ def _train(
     from transformers.trainer_callback import PrinterCallback
 
     from .grpo import PolicyTrainer
+    from .remote_reward import on_workers
     from .rollout_func import PoolRollouts
     from .step_log import StepLog
 
@@ -322,10 +346,15 @@ def _train(
     rollouts = PoolRollouts(
         pool, seed=config.seed, temperature=config.rollouts.temperature, tags=config.data.delimiters
     )
-    log = StepLog(out, rollouts, say)
+    log = StepLog(out, say)
     correction = config.rollouts.correction
     if correction == "auto":
         correction = "off" if config.rollouts.dtype in (None, config.dtype) else "token"
+    group = run.grpo.num_generations
+    rewards = [
+        on_workers(reward, spec, config.folder, pool, group) if spec.on == "workers" else reward
+        for reward, spec in zip(run.rewards, config.rewards, strict=True)
+    ]
     with quiet_libraries():
         trainer = PolicyTrainer(
             model=model,
@@ -333,12 +362,13 @@ def _train(
             train_dataset=to_dataset(run.scenarios),
             processing_class=tokenizer,
             rollout_func=rollouts,
-            rewards=run.rewards,
+            rewards=rewards,
             credit=config.credit,
             lineage=lineage,
             correction=correction,
             ratio_cap=config.rollouts.ratio_cap,
             out=out,
+            totals=rollouts.totals,
             callbacks=[log],
         )
         trainer.remove_callback(PrinterCallback)  # it would print every metric of every step

@@ -16,7 +16,8 @@ import os
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -156,6 +157,7 @@ class RayPool:
         self._recipe, self._tokenizer, self._batch_size, self._timeout = recipe, tokenizer, batch_size, timeout
         self._threads = threads or max(1, torch.get_num_threads() // workers)
         self.counts: Counter[str] = Counter()
+        self.waited = 0.0
         self.version = -1
         self._weights: Any = None
         self._compared = False
@@ -207,7 +209,8 @@ class RayPool:
             waiting = []
             for slot, ref in calls:
                 try:
-                    answers.append((slot, ray.get(ref, timeout=self._patience(slot))))
+                    with self._waiting():
+                        answers.append((slot, ray.get(ref, timeout=self._patience(slot))))
                     slot.answered()
                 except GetTimeoutError:
                     self._replace(slot, "timeout", f"no answer in {self._patience(slot):g} s")
@@ -218,6 +221,14 @@ class RayPool:
                 except RayTaskError as error:
                     raise WorkerError(f"{slot.name}: {error.cause!r}") from error
         return answers
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.waited += time.monotonic() - began
 
     def _patience(self, slot: _Slot) -> float:
         """Seconds that a slot may be silent."""
@@ -319,7 +330,8 @@ class RayPool:
                         sent.slot, sent.since = slot, time.monotonic()
                         out[call(slot.actor, [items[row] for row in sent.at])] = sent
                         slot.out += 1
-                ready, _ = ray.wait(list(out), num_returns=1, timeout=min(5.0, self._timeout))
+                with self._waiting():
+                    ready, _ = ray.wait(list(out), num_returns=1, timeout=min(5.0, self._timeout))
                 if not ready:
                     if late := silent():
                         again(late[0], "timeout", f"no answer in {self._timeout:g} s")

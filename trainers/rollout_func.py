@@ -36,9 +36,11 @@ class PoolRollouts:
         self._at: tuple[int | None, int] = (None, 0)  # step, and rows generated in it so far
 
     def totals(self) -> dict[str, float]:
-        """Since the start: seconds of pushing and of generating, tokens generated, and the pool's failures by kind."""
-        failures = {f"rollouts/{kind.replace(' ', '_')}": n for kind, n in self._pool.counts.items()}
-        return {**self._seconds, "tokens": self._tokens, **failures}
+        """Since the start: seconds of pushing, of generating, and of standing still for workers; tokens generated; the
+        pool's failures by kind.
+        """
+        failures = {f"failures/{kind.replace(' ', '_')}": n for kind, n in self._pool.counts.items()}
+        return {**self._seconds, "wait_seconds": self._pool.waited, "tokens": self._tokens, **failures}
 
     def __call__(self, prompts: list[list[dict[str, str]]], trainer: Any) -> dict[str, list[Any]]:
         step = trainer.state.global_step

@@ -55,6 +55,8 @@ class RolloutPool(Protocol):
 
     counts: Counter[str]
     """What went wrong and was mended, by kind."""
+    waited: float
+    """Seconds that the caller stood still for workers."""
 
     def push(self, policy: Any, version: int) -> None:
         """Make the pool generate with `policy`'s present weights, under this version number."""
@@ -79,6 +81,7 @@ class InProcessPool:
         self._policy: Any = None
         self.version = -1
         self.counts: Counter[str] = Counter()
+        self.waited = 0.0
 
     def push(self, policy: Any, version: int) -> None:
         if policy is not self._policy or self._folded is None:

@@ -22,22 +22,19 @@ class StepLog(TrainerCallback):
 
     Args:
         out: the run folder.
-        rollouts: counts seconds and tokens (`PoolRollouts`).
         say: where lines go.
     """
 
-    def __init__(self, out: Path, rollouts: Any, say: Callable[[str], None]):
-        self._out, self._rollouts, self._say = out, rollouts, say
+    def __init__(self, out: Path, say: Callable[[str], None]):
+        self._out, self._say = out, say
         self.signal: int | None = None
         self._began = time.perf_counter()
-        self._before: dict[str, float] = {}
 
     def on_train_begin(self, args, state, control, **kwargs):
         write_state(self._out, "running", state.global_step, state.max_steps)
 
     def on_step_begin(self, args, state, control, **kwargs):
         self._began = time.perf_counter()
-        self._before = self._rollouts.totals()
 
     def on_step_end(self, args, state, control, **kwargs):
         write_state(self._out, "running", state.global_step, state.max_steps)
@@ -49,12 +46,9 @@ class StepLog(TrainerCallback):
         if not logs or "loss" not in logs:  # the summary at the end
             return
         seconds = time.perf_counter() - self._began
-        spent = {name: value - self._before.get(name, 0.0) for name, value in self._rollouts.totals().items()}
         row = {
             "step": state.global_step,
             "seconds": round(seconds, 3),
-            **{name: round(value, 3) for name, value in spent.items()},
-            "tokens_per_second": round(spent["tokens"] / max(spent["generate_seconds"], 1e-9), 1),
             **{k: v for k, v in logs.items() if isinstance(v, (int, float))},
         }
         with (self._out / "metrics.jsonl").open("a", encoding="utf-8") as file:

@@ -43,8 +43,15 @@ def folded_weight(layer: nn.Module) -> torch.Tensor:
     weight = base.weight.detach()
     if base is layer or layer.disable_adapters:
         return weight
-    deltas = [layer.get_delta_weight(name) for name in layer.active_adapters if name in layer.lora_A]
-    return torch.stack([weight, *(d.to(weight.dtype) for d in deltas)]).sum(0) if deltas else weight
+    for name in layer.active_adapters:
+        if name not in layer.lora_A:
+            continue
+        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+        if a.dtype == weight.dtype and not layer.fan_in_fan_out:
+            weight = torch.addmm(weight, b, a, alpha=layer.scaling[name])  # one pass over the weight, no delta between
+        else:
+            weight = weight + layer.get_delta_weight(name).to(weight.dtype)
+    return weight
 
 
 class FoldedModel:

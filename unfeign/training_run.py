@@ -62,7 +62,7 @@ def audited_run(run: Any, launch: Callable[..., Path]) -> None:
     """Train as planned with an audit before and after, then write the report and print the table."""
     config = run.config
     settings, out = config.audit, config.output
-    judge = load_judge(settings.judge)
+    judge = load_judge(settings.judge, config.folder)
     results: dict[str, Any] = {}
     began = time.perf_counter()
     seconds: dict[str, float] = {}
