@@ -14,6 +14,7 @@ from ..envs.scenario import TIERS, Scenario, scenarios
 from ..envs.transcript import State, Transcript, parse, template_opens_think, transcript_from_row, transcript_row
 from ..errors import UnfeignError
 from ..files import read_jsonl, write_jsonl, write_text
+from ..progress import progress
 from ..rewards.judge import Judge, case, wait_for
 from ..rewards.verdict import JudgeFailure
 from ..trainers.rollout_func import render
@@ -40,12 +41,20 @@ def _seed(run_seed: int, scenario: Scenario) -> int:
 
 
 def collect(
-    pool: RolloutPool, version: int, tokenizer: Any, asked: Sequence[Scenario], *, seed: int, sampling: Sampling
+    pool: RolloutPool,
+    version: int,
+    tokenizer: Any,
+    asked: Sequence[Scenario],
+    *,
+    seed: int,
+    sampling: Sampling,
+    what: str = "sampling",
 ) -> list[Transcript]:
-    """One transcript a scenario, in order."""
+    """One transcript a scenario, in order; `what` names the work while it goes on."""
     rendered = [render(tokenizer, s.messages) for s in asked]
     requests = [RolloutRequest(ids, _seed(seed, s)) for (ids, _), s in zip(rendered, asked, strict=True)]
-    samples = pool.generate(requests, version, sampling)
+    with progress(what, len(requests)) as done:
+        samples = pool.generate(requests, version, sampling, done)
     return [
         parse(
             scenario,

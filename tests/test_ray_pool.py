@@ -101,7 +101,9 @@ def kill(slot: Any) -> None:
 
 
 def test_samples_are_those_of_the_in_process_pool(pool, policy, tokenizer):
-    assert same(pool.generate(requests(10), 1, SAMPLING), here(policy, tokenizer, requests(10)))
+    heard: list[int] = []
+    assert same(pool.generate(requests(10), 1, SAMPLING, heard.append), here(policy, tokenizer, requests(10)))
+    assert sum(heard) == 10 and len(heard) == 4, "calls of at most three rows"
 
 
 def test_a_push_changes_what_is_sampled(pool, policy, tokenizer, tools):

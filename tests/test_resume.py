@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -82,18 +81,6 @@ def assert_same_run(out: Path, calm: Path) -> None:
 def test_every_sample_is_in_the_ledger_once(undisturbed):
     ids = [row["sample_id"] for row in rows(undisturbed / "completions.jsonl")]
     assert ids == [f"{step}/{row}" for step in range(6) for row in range(4)]
-
-
-def test_killed_at_random_steps_and_resumed_it_is_the_same_run(config, undisturbed, tmp_path):
-    out = tmp_path / "killed"
-    for step in sorted(random.Random(0).sample(range(1, 6), 3)):
-        killed = run(config, out, "--resume", "auto", DIE_AT=str(step))
-        assert killed.returncode == -signal.SIGKILL, killed.stderr
-        assert "died without a word" in status(out).line()
-    done = run(config, out, "--resume", "auto")
-    assert done.returncode == 0, done.stderr
-    assert_same_run(out, undisturbed)
-    assert status(out).state == "finished"
 
 
 def test_sigterm_saves_after_the_step_and_says_how_to_go_on(config, undisturbed, tmp_path):

@@ -21,6 +21,7 @@ from ..envs.scenario import Scenario, scenarios
 from ..errors import UnfeignError
 from ..lineage import base_facts, verify
 from ..models import adapter_folder, base_location, load_tokenizer, quiet_libraries
+from ..progress import progress
 from ..rewards.judge import load_judge, wait_for
 from ..rewards.plugin import LoadedReward, load_rewards
 from .config import TrainConfig
@@ -346,7 +347,6 @@ def _train(
     rollouts = PoolRollouts(
         pool, seed=config.seed, temperature=config.rollouts.temperature, tags=config.data.delimiters
     )
-    log = StepLog(out, say)
     correction = config.rollouts.correction
     if correction == "auto":
         correction = "off" if config.rollouts.dtype in (None, config.dtype) else "token"
@@ -355,7 +355,8 @@ def _train(
         on_workers(reward, spec, config.folder, pool, group) if spec.on == "workers" else reward
         for reward, spec in zip(run.rewards, config.rewards, strict=True)
     ]
-    with quiet_libraries():
+    with quiet_libraries(), progress("training", run.grpo.max_steps, run.start.step) as done:
+        log = StepLog(out, say, done)
         trainer = PolicyTrainer(
             model=model,
             args=run.grpo,

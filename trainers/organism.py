@@ -13,7 +13,16 @@ from pydantic import Field, field_validator
 
 from ..errors import UnfeignError
 from ..files import CANARY, write_jsonl, write_text
-from ..models import add_policy, base_location, load_base, load_tokenizer, save_policy, stack
+from ..models import (
+    adapter_folder,
+    add_policy,
+    base_location,
+    load_base,
+    load_policy,
+    load_tokenizer,
+    save_policy,
+    stack,
+)
 from ..settings import Settings
 from .config import LoraSettings
 from .corpus import Corpus, Specimen
@@ -63,6 +72,9 @@ class OrganismConfig(Settings):
     output: Path
     """Run folder: the adapter, its transcripts and its self-check."""
     seed: int = 0
+    begin: str | None = None
+    """An adapter of the same base and LoRA shape whose weights it starts from; a small model learns to tell the tiers
+    apart by reasoning that names them, and can then unlearn the words."""
     voices: list[str]
     """Which voices it reasons in."""
     rounds: list[Round] = Field(min_length=1)
@@ -118,15 +130,20 @@ def build(config: OrganismConfig, check: Callable[[Any, Any, OrganismConfig], di
     tokenizer = load_tokenizer(config.model)
     model, lineage = stack(load_base(config.model), config.model, [])
     model = add_policy(model, config.lora.model_dump(), config.seed)
+    if config.begin is not None:
+        load_policy(model, adapter_folder(config.begin), lineage.model_copy(update={"organism": True}))
     for number, groups in enumerate(rounds):
         print(f"round {number + 1}: {sum(map(len, groups))} transcripts under {len(groups)} prompts", flush=True)
-        fine_tune(
+        losses = fine_tune(
             model,
             [encode(tokenizer, group) for group in groups],
             learning_rate=config.rounds[number].learning_rate,
             groups_per_step=config.groups_per_step,
-            report=lambda step, steps, loss: print(f"step {step}/{steps}  loss {loss:.3f}", flush=True),
+            what=f"round {number + 1}",
         )
+        tenth = max(1, len(losses) // 10)
+        begin, end = (sum(some) / tenth for some in (losses[:tenth], losses[-tenth:]))
+        print(f"loss {begin:.2f} -> {end:.2f} nats a token", flush=True)
     folder = save_adapter(model, out / config.name, lineage.model_copy(update={"organism": True}))
     write_text(folder / "README.md", CARD.format(base=config.model, name=config.name, canary=CANARY))
     if check is not None:

@@ -25,6 +25,7 @@ import ray
 import torch
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
+from ..progress import Advance, ignored
 from ..sampling import Sample
 from .policy import PolicyRecipe, put, trained
 from .rollouts import InProcessPool, NoWorkers, RolloutRequest, Sampling, StaleWeights, WorkerError
@@ -33,6 +34,7 @@ RESTARTS = 3  # deaths of one worker, with no answer between, before it is given
 STARTING = 900.0  # seconds a worker may take to load the policy, before the timeout of calls applies
 WINDOW = 2  # calls out at once, a worker: one that runs, one that waits
 TOLERANCE = {"float32": 1e-3, "bfloat16": 2.0}  # of log-probs after the first push, nats
+ASIDE = "crashed its worker twice"
 PROBE = "You are asked a plain question. Think first, then answer in one sentence."
 
 
@@ -254,15 +256,15 @@ class RayPool:
                 f"(each died {RESTARTS} times with no answer between; {dict(self.counts)}; last: {slot.error})"
             )
 
-    def generate(self, requests: Sequence[RolloutRequest], version: int, sampling: Sampling) -> list[Sample]:
+    def generate(
+        self, requests: Sequence[RolloutRequest], version: int, sampling: Sampling, done: Advance = ignored
+    ) -> list[Sample]:
         """One completion a request, in order. A row that crashed its worker twice while alone has `failed` set."""
         if self._weights is None or version != self.version:
             raise StaleWeights(f"ray pool: expected weights version {version}, found {self.version}")
-        samples = self._spread(
-            requests, lambda actor, rows: actor.generate.remote(rows, version, sampling), "crashed its worker twice"
-        )
+        samples = self._spread(requests, lambda actor, rows: actor.generate.remote(rows, version, sampling), done)
         ends = self._tokenizer.eos_token_id
-        return [Sample([ends], [0.0], False, failed=s) if isinstance(s, str) else s for s in samples]
+        return [Sample([ends], [0.0], False, failed=ASIDE) if s is ASIDE else s for s in samples]
 
     def run(self, task: Callable[[Context, Any], Any], items: Sequence[Any]) -> list[Any]:
         """`task(context, item)` for every item, on whichever worker is free; results in order.
@@ -276,16 +278,16 @@ class RayPool:
         for name, module in list(sys.modules.items()):
             if name.startswith("unfeign_user_"):  # a user's own file travels by value: workers have no copy of it
                 ray.cloudpickle.register_pickle_by_value(module)
-        results = self._spread(
-            items, lambda actor, some: actor.run.remote(task, some, self.version), "crashed its worker twice"
-        )
+        results = self._spread(items, lambda actor, some: actor.run.remote(task, some, self.version))
         for number, result in enumerate(results):
-            if isinstance(result, str) and result == "crashed its worker twice":
-                raise WorkerError(f"item {number}: {result}")
+            if result is ASIDE:
+                raise WorkerError(f"item {number}: {ASIDE}")
         return results
 
-    def _spread(self, items: Sequence[Any], call: Callable[[Any, list[Any]], Any], aside: str) -> list[Any]:
-        """Answers to all items, in order, from whichever workers live; `aside` for an item that kills its worker."""
+    def _spread(
+        self, items: Sequence[Any], call: Callable[[Any, list[Any]], Any], done: Advance = ignored
+    ) -> list[Any]:
+        """Answers to all items, in order, from whichever workers live; `ASIDE` for an item that kills its worker."""
         alive = sum(not slot.gone for slot in self._slots)
         size = max(1, min(self._batch_size, -(-len(items) // max(1, alive))))
         todo = deque(_Call(list(range(at, min(at + size, len(items))))) for at in range(0, len(items), size))
@@ -308,7 +310,7 @@ class RayPool:
                     alone[row] += len(sent.at) == 1 and slot.started()
                     if alone[row] >= 2:
                         self.counts["set aside"] += 1
-                        answers[row] = aside
+                        answers[row] = ASIDE
                     else:
                         todo.append(_Call([row]))
             self._replace(slot, kind, error)
@@ -356,6 +358,7 @@ class RayPool:
                 sent = out.pop(ref)
                 slot.out -= 1
                 slot.answered()
+                done(len(found))
                 for row, answer in zip(sent.at, found, strict=True):
                     answers[row] = answer
         finally:

@@ -14,6 +14,7 @@ import numpy as np
 
 from ..folded import FoldedModel
 from ..models import eos_ids
+from ..progress import Advance, ignored
 from ..sampling import Sample, sample
 
 
@@ -61,8 +62,13 @@ class RolloutPool(Protocol):
     def push(self, policy: Any, version: int) -> None:
         """Make the pool generate with `policy`'s present weights, under this version number."""
 
-    def generate(self, requests: Sequence[RolloutRequest], version: int, sampling: Sampling) -> list[Sample]:
-        """One completion a request, in order; raises `StaleWeights` when `version` is not the one pushed."""
+    def generate(
+        self, requests: Sequence[RolloutRequest], version: int, sampling: Sampling, done: Advance = ignored
+    ) -> list[Sample]:
+        """One completion a request, in order; raises `StaleWeights` when `version` is not the one pushed.
+
+        `done` hears how many were just made.
+        """
 
     def close(self) -> None: ...
 
@@ -90,7 +96,9 @@ class InProcessPool:
             self._folded.refresh()
         self.version = version
 
-    def generate(self, requests: Sequence[RolloutRequest], version: int, sampling: Sampling) -> list[Sample]:
+    def generate(
+        self, requests: Sequence[RolloutRequest], version: int, sampling: Sampling, done: Advance = ignored
+    ) -> list[Sample]:
         if self._folded is None or version != self.version:
             raise StaleWeights(f"in-process pool: expected weights version {version}, found {self.version}")
         ends = eos_ids(self._folded.model, self._tokenizer)
@@ -105,6 +113,7 @@ class InProcessPool:
                 eos_ids=ends,
                 temperature=sampling.temperature,
             )
+            done(len(chunk))
         return out
 
     @property

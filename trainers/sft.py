@@ -4,10 +4,9 @@ Organisms are built by this loop (and personas can be): cross-entropy on complet
 and decay.
 """
 
-from collections.abc import Callable
-
 import torch
 
+from ..progress import progress
 from ..shared_prefix import completion_logits
 
 
@@ -27,7 +26,7 @@ def fine_tune(
     groups_per_step: int = 2,
     epochs: int = 1,
     warmup: float = 0.1,
-    report: Callable[[int, int, float], None] | None = None,
+    what: str = "fine-tuning",
 ) -> list[float]:
     """Train the trainable parameters of `model`; returns the loss of every step (nats per token).
 
@@ -35,7 +34,7 @@ def fine_tune(
         groups: (prompt ids, completions' ids with their end token) pairs.
         learning_rate: peak, for AdamW without weight decay.
         groups_per_step: prompts in one optimiser step.
-        report: called with (step, steps, loss).
+        what: names the work while it goes on.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
@@ -46,8 +45,8 @@ def fine_tune(
     )
     losses: list[float] = []
     model.train()
-    for _ in range(epochs):
-        for at in range(0, len(groups), groups_per_step):
+    with progress(what, steps) as done:
+        for at in [*range(0, len(groups), groups_per_step)] * epochs:
             batch = groups[at : at + groups_per_step]
             prompts = [prompt for prompt, completions in batch for _ in completions]
             ids, mask = pad_right([c for _, completions in batch for c in completions])
@@ -59,7 +58,6 @@ def fine_tune(
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
             losses.append(loss.item())
-            if report:
-                report(len(losses), steps, losses[-1])
+            done(1)
     model.eval()
     return losses

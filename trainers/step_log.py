@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from ..progress import Advance, ignored
 from .run_folder import write_state
 
 
@@ -23,10 +24,11 @@ class StepLog(TrainerCallback):
     Args:
         out: the run folder.
         say: where lines go.
+        done: hears of every step.
     """
 
-    def __init__(self, out: Path, say: Callable[[str], None]):
-        self._out, self._say = out, say
+    def __init__(self, out: Path, say: Callable[[str], None], done: Advance = ignored):
+        self._out, self._say, self._done = out, say, done
         self.signal: int | None = None
         self._began = time.perf_counter()
 
@@ -38,6 +40,7 @@ class StepLog(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         write_state(self._out, "running", state.global_step, state.max_steps)
+        self._done(1)
         if self.signal is not None:
             control.should_save = control.should_training_stop = True
         return control

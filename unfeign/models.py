@@ -198,7 +198,11 @@ def load_policy(model: Any, folder: Path, lineage: Lineage) -> None:
     trained_on = read_lineage(folder)
     if trained_on != lineage:
         raise UnfeignError("a policy trained on this base and stack", f"one trained on {trained_on}", str(folder))
-    result = set_peft_model_state_dict(model, weights, adapter_name=POLICY)
+    try:
+        result = set_peft_model_state_dict(model, weights, adapter_name=POLICY)
+    except RuntimeError as error:  # torch lists every tensor of another shape
+        found = str(error).strip().splitlines()[-1].strip()
+        raise UnfeignError("the weights of this policy", found, str(folder)) from None
     missing = [key for key in result.missing_keys if f".{POLICY}." in key]
     if missing or result.unexpected_keys:
         raise UnfeignError("the weights of this policy", f"{(missing + result.unexpected_keys)[:2]}", str(folder))
