@@ -54,6 +54,7 @@ def names(wheel: Path) -> list[str]:
         ("trainers/voices", "unfeign/trainers/voices", "*.yaml"),
         ("configs", "unfeign/configs", "*.yaml"),
         ("trainers/organisms/verbal", "unfeign/trainers/organisms/verbal", "*"),
+        ("trainers/organisms/silent", "unfeign/trainers/organisms/silent", "*"),
         ("unfeign", "unfeign", "py.typed"),
     ],
 )
