@@ -10,9 +10,10 @@ from unfeign.progress import progress
 from unfeign.trainers.rollouts import InProcessPool, RolloutRequest, Sampling
 
 
-def shown(terminal: bool, done: int = 0) -> str:
+def shown(terminal: bool, done: int = 0, lines: bool = True) -> str:
     page = StringIO()
-    with progress("sampling", 5, done, Console(file=page, force_terminal=terminal, width=100)) as advance:
+    console = Console(file=page, force_terminal=terminal, width=100)
+    with progress("sampling", 5, done, lines=lines, console=console) as advance:
         for units in (1, 2, 2 - done):
             advance(units)
     return page.getvalue()
@@ -26,6 +27,7 @@ def test_a_log_sees_lines_now_and_then(monkeypatch):
     assert shown(False) == "", "too short to speak of"
     monkeypatch.setattr(module, "EVERY", 0.0)
     assert shown(False).splitlines() == ["sampling: 1/5", "sampling: 3/5"]
+    assert shown(False, lines=False) == ""
     assert shown(False, done=1).splitlines() == ["sampling: 2/5", "sampling: 4/5"]
 
 

@@ -355,7 +355,7 @@ def _train(
         on_workers(reward, spec, config.folder, pool, group) if spec.on == "workers" else reward
         for reward, spec in zip(run.rewards, config.rewards, strict=True)
     ]
-    with quiet_libraries(), progress("training", run.grpo.max_steps, run.start.step) as done:
+    with quiet_libraries(), progress("training", run.grpo.max_steps, run.start.step, lines=False) as done:
         log = StepLog(out, say, done)
         trainer = PolicyTrainer(
             model=model,

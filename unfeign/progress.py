@@ -18,13 +18,16 @@ EVERY = 30.0  # seconds between lines in a log
 
 
 @contextmanager
-def progress(what: str, total: int, done: int = 0, console: Console | None = None) -> Iterator[Advance]:
+def progress(
+    what: str, total: int, done: int = 0, *, lines: bool = True, console: Console | None = None
+) -> Iterator[Advance]:
     """Show an operation's progress for a block; what is printed meanwhile stands above the bar.
 
     Args:
         what: the operation, in a word or two.
         total: its units of work.
         done: those done before.
+        lines: whether a log gets lines, too; not for work that speaks for itself.
         console: where to show it; standard output by default.
 
     Yields:
@@ -42,7 +45,7 @@ def progress(what: str, total: int, done: int = 0, console: Console | None = Non
     def advance(units: int) -> None:
         nonlocal done, said
         done += units
-        if time.monotonic() - said >= EVERY and done < total:
+        if lines and time.monotonic() - said >= EVERY and done < total:
             said = time.monotonic()
             console.print(f"{what}: {done}/{total}", highlight=False)
 
