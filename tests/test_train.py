@@ -372,3 +372,15 @@ def test_gradient_accumulation_and_saving_on_the_way(write_config, tmp_path, rew
     saved = sorted(str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").rglob("checkpoint-*"))
     assert saved == ["checkpoints/checkpoint-1", "checkpoints/checkpoint-2"], "all checkpoints belong in one folder"
     assert len(rows(tmp_path / "run" / "metrics.jsonl")) == 2
+
+
+def test_trackers_get_every_number_of_a_step(write_config, reward_source, tmp_path, monkeypatch):
+    """`report_to` passes through; what our pools and judges count arrives with TRL's own numbers."""
+    (tmp_path / "mine.py").write_text(reward_source)
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    grpo = write_grpo() | {"report_to": "tensorboard"}
+    main(["train", str(write_config(rewards=[{"fn": "mine.py:variety"}], audit=NO_AUDIT, grpo=grpo))])
+    (events,) = (tmp_path / "board").rglob("events.*")
+    written = events.read_bytes()
+    for name in (b"train/reward", b"train/push_seconds", b"train/reward_seconds", b"train/failures/judge"):
+        assert name in written, name
