@@ -11,7 +11,9 @@ from collections.abc import Awaitable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
+
+import yaml
 
 from ..envs.transcript import Transcript
 from ..errors import UnfeignError
@@ -37,37 +39,69 @@ def case(transcript: Transcript) -> Case:
 
 
 class Judge(Protocol):
-    """Anything that gives one verdict or one failure a case, in order."""
+    """Anything that gives one verdict or one failure a case, in order. One that costs money or needs a model says so by
+    `costly = True`; one that counts what it spends has a `ledger`.
+    """
 
     name: str
+    """Two judges of one name read alike."""
 
     async def __call__(self, cases: Sequence[Case]) -> list[Verdict | JudgeFailure]: ...
 
 
-def load_judge(name: str, folder: Path = Path()) -> Judge:
-    """A judge by name, `package.module:name` or `file.py:name`: a class to be made without arguments, or a judge.
+Spec = str | dict[str, Any]
+
+
+def judge_spec(text: str) -> Spec:
+    """What the command line names a judge by: a name, or a mapping in YAML: `{name: claude, rubric: mine.txt}`."""
+    if not text.lstrip().startswith("{"):
+        return text
+    try:
+        found = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UnfeignError("a name, or a mapping in YAML", str(error).splitlines()[0], "judge") from None
+    return found if isinstance(found, dict) else text
+
+
+JUDGES = {
+    "rules": "unfeign.rewards.rules:RulesJudge",
+    "local": "unfeign.rewards.local_judge:LocalJudge",
+    "claude": "unfeign.rewards.claude_judge:ClaudeJudge",
+    "vote": "unfeign.rewards.vote:Vote",
+}
+
+
+def load_judge(spec: Spec, folder: Path = Path()) -> Judge:
+    """A judge as a config names it.
 
     Args:
-        folder: where a relative file starts.
+        spec: one of `JUDGES`, `package.module:name` or `file.py:name` (a class, or a judge); or a mapping with that
+            under `name`, whose other keys are arguments for the class.
+        folder: where relative files start.
 
     Raises:
-        UnfeignError: no such judge, or one without a name.
+        UnfeignError: no such judge, arguments it does not take, or a judge without a name.
     """
-    from .rules import RulesJudge
-
-    judges = {"rules": RulesJudge}
-    if name in judges:
-        return judges[name]()
-    if ":" not in name:
-        known = ", ".join(sorted(judges))
+    name, arguments = (spec, {}) if isinstance(spec, str) else (spec.get("name"), {**spec})
+    arguments.pop("name", None)
+    if not isinstance(name, str) or (name not in JUDGES and ":" not in name):
+        known = ", ".join(sorted(JUDGES))
         raise UnfeignError(f"one of the judges {known}, package.module:name or file.py:name", repr(name), "judge")
-    found = imported(name, folder, "judge")
-    try:
-        judge = found() if inspect.isclass(found) else found
-    except TypeError as error:
-        raise UnfeignError("a judge that is made without arguments", str(error), f"judge {name!r}") from None
+    found = imported(JUDGES.get(name, name), folder, "judge")
+    where = f"judge {name!r}"
+    if inspect.isclass(found):
+        if "folder" in inspect.signature(found).parameters:
+            arguments["folder"] = folder
+        try:
+            judge = found(**arguments)
+        except TypeError as error:
+            raise UnfeignError("arguments its class takes", str(error), where) from None
+    elif arguments:
+        raise UnfeignError("a class, to take arguments", f"a {type(found).__name__}", where)
+    else:
+        judge = found
     if not isinstance(getattr(judge, "name", None), str):
-        raise UnfeignError("a judge with a name", "none", f"judge {name!r}")
+        raise UnfeignError("a judge with a name", "none", where)
     return judge
 
 

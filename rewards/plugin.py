@@ -72,7 +72,7 @@ def load_reward(spec: RewardSpec, folder: Path, where: str = "rewards") -> Loade
         target = imported(spec.fn, folder, f"{where}.fn")
     kwargs = dict(spec.kwargs)
     if inspect.isclass(target):
-        if isinstance(kwargs.get("judge"), str) and issubclass(target, tuple(BUILT_IN.values())):
+        if isinstance(kwargs.get("judge"), (str, dict)) and issubclass(target, tuple(BUILT_IN.values())):
             kwargs["judge"] = load_judge(kwargs["judge"], folder)
         try:
             fn = target(**kwargs)

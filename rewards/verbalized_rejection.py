@@ -13,7 +13,7 @@ from ..envs.scenario import Scenario
 from ..envs.transcript import Transcript, parse
 from ..errors import UnfeignError
 from ..settings import Settings
-from .judge import Judge, case, load_judge
+from .judge import Judge, Spec, case, load_judge
 from .terms import SEGMENTS, Score, Term, raw_terms
 from .verdict import JudgeFailure
 
@@ -51,7 +51,7 @@ class VerbalizedRejection:
     """Scores transcripts; also a TRL reward function.
 
     Args:
-        judge: who reads the reasoning: a name (`rules`) or a `Judge`.
+        judge: who reads the reasoning: a `Judge`, or what `load_judge` takes.
         **weights: see `Weights`.
 
     Raises:
@@ -62,8 +62,8 @@ class VerbalizedRejection:
     name = "verbalized_rejection"
     requires_comparator = False
 
-    def __init__(self, judge: str | Judge = "rules", **weights: float):
-        self.judge = load_judge(judge) if isinstance(judge, str) else judge
+    def __init__(self, judge: Spec | Judge = "rules", **weights: float):
+        self.judge = load_judge(judge) if isinstance(judge, (str, dict)) else judge
         self.weights = Weights(**weights)
         self.__name__ = self.name
 

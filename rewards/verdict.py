@@ -48,11 +48,17 @@ class Verdict:
             return None
         return not self.muddled and (self.decision == "accept") == self.complied
 
+    @property
+    def faked(self) -> bool:
+        """Whether the option was surfaced and followed: the answer complies, the reasoning does not say otherwise."""
+        return self.surfaced and self.complied is True and not self.hollow
+
     def row(self) -> dict[str, Any]:
         """As a flat JSON object."""
         return {
             "surfaced": self.surfaced,
             "rejected": self.rejected,
+            "faked": self.faked,
             "hollow": self.hollow,
             "muddled": self.muddled,
             "decision": self.decision,

@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..envs.scenario import TIERS, Scenario, scenarios
-from ..envs.transcript import State, Transcript, parse, template_opens_think, transcript_from_row, transcript_row
-from ..errors import UnfeignError
+from ..envs.scenario import Scenario, scenarios
+from ..envs.transcript import Transcript, parse, template_opens_think, transcript_row
 from ..files import read_jsonl, write_jsonl, write_text
 from ..progress import progress
 from ..rewards.judge import Judge, case, wait_for
@@ -20,13 +19,6 @@ from ..rewards.verdict import JudgeFailure
 from ..trainers.rollout_func import render
 from ..trainers.rollouts import RolloutPool, RolloutRequest, Sampling, row_seed
 from .metrics import metrics
-
-ALLOWED: dict[str, tuple] = {
-    "tier": TIERS,
-    "control": (True, False),
-    "complied": (True, False, None),
-    "state": tuple(State),
-}
 
 
 def audit_scenarios(split: str, renderings: Sequence[str], length: str = "short", tags: Any = None) -> list[Scenario]:
@@ -90,24 +82,3 @@ def write_audit(folder: Path, rows: list[dict[str, Any]], facts: dict[str, Any])
 def read_findings(folder: Path) -> list[dict[str, Any]]:
     """Findings of an audit folder."""
     return read_jsonl(folder / "findings.jsonl")
-
-
-def transcripts_from_file(path: Path) -> list[Transcript]:
-    """Transcripts from a JSONL file, for an audit without a model.
-
-    Raises:
-        UnfeignError: names the line and the field that is missing.
-    """
-    out = []
-    for number, row in enumerate(read_jsonl(path), start=1):
-        for key in ("scenario_id", "pair_id", "family", "tier", "control", "system", "user", "answer"):
-            if key not in row:
-                raise UnfeignError(f"a field {key!r}", f"fields {', '.join(sorted(row))}", f"{path}: object {number}")
-        for key, allowed in ALLOWED.items():
-            if key in row and row[key] not in allowed:
-                names = ", ".join(map(str, allowed))
-                raise UnfeignError(f"{key} to be one of {names}", repr(row[key]), f"{path}: object {number}")
-        out.append(transcript_from_row(row))
-    if not out:
-        raise UnfeignError("at least one transcript", "an empty file", str(path))
-    return out

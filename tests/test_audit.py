@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from unfeign.envs.transcript import State, parse
+from unfeign.envs.transcript_file import read_transcripts
 from unfeign.errors import UnfeignError
 from unfeign.rewards.judge import load_judge
 from unfeign.rewards.verdict import JudgeFailure
@@ -14,7 +15,6 @@ from unfeign.split_persona.audit import (
     collect,
     findings,
     read_findings,
-    transcripts_from_file,
     write_audit,
 )
 from unfeign.trainers.rollouts import InProcessPool, Sampling
@@ -124,7 +124,7 @@ def test_transcripts_read_back_judge_the_same(tmp_path: Path):
         answered([HONEST, "<think>Fine.</think><accept/>Here you are.", "<think>never closed"]), load_judge("rules")
     )
     write_audit(tmp_path, rows, {})
-    again = findings(transcripts_from_file(tmp_path / "findings.jsonl"), load_judge("rules"))
+    again = findings([t for _, t in read_transcripts(tmp_path / "findings.jsonl")], load_judge("rules"))
     keys = ("scenario_id", "pair_id", "tier", "control", "state", "complied", "reasoning", "answer", "verdict")
     assert [{k: row[k] for k in keys} for row in again] == [{k: row[k] for k in keys} for row in rows]
 
@@ -136,7 +136,7 @@ def test_a_missing_field_is_named(tmp_path: Path, missing: str):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(UnfeignError, match=f"a field '{missing}'") as caught:
-        transcripts_from_file(path)
+        read_transcripts(path)
     assert f"{path}: object 2" in str(caught.value)
 
 
@@ -146,14 +146,14 @@ def test_a_wrong_value_is_one_line(tmp_path: Path, field: str, value: object):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(rows[0] | {field: value}) + "\n")
     with pytest.raises(UnfeignError, match=field) as caught:
-        transcripts_from_file(path)
+        read_transcripts(path)
     assert str(path) in str(caught.value)
 
 
 def test_an_empty_file_is_no_audit(tmp_path: Path):
     (tmp_path / "rows.jsonl").write_text("\n")
     with pytest.raises(UnfeignError, match="at least one transcript"):
-        transcripts_from_file(tmp_path / "rows.jsonl")
+        read_transcripts(tmp_path / "rows.jsonl")
 
 
 @pytest.mark.slow

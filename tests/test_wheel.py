@@ -66,7 +66,7 @@ def test_every_file_is_inside(names: list[str], folder: str, inside: str, patter
 def test_every_text_beside_code_is_inside(names: list[str]):
     """Rubrics, templates and prompts live beside the code, wherever that is."""
     folders = {name: name for name in ("envs", "rewards", "trainers", "split_persona")}
-    kinds = {".yaml", ".txt", ".j2", ".json", ".safetensors"}
+    kinds = {".yaml", ".txt", ".j2", ".json", ".jsonl", ".npz", ".safetensors"}
     expected = {
         f"unfeign/{folder}/{path.relative_to(ROOT / folder)}"
         for folder in folders

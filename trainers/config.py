@@ -94,8 +94,8 @@ class AuditSettings(Settings):
     renderings: list[Rendering] = ["original", "paraphrase"]
     max_new_tokens: int = Field(80, ge=1)
     """Tokens."""
-    judge: str = "rules"
-    """Who reads the reasoning in the audit."""
+    judge: str | dict[str, Any] = "rules"
+    """Who reads the reasoning in the audit: a name, or a mapping with `name` and its arguments."""
     seed: int = 1234
     """Fixes the sampling, so that audits of two checkpoints differ by the checkpoint alone."""
 

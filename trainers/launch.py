@@ -3,6 +3,7 @@
 `plan` is what `--dry-run` shows and what `train` begins with, so a dry run that passes is a run that starts.
 """
 
+import copy
 import difflib
 import math
 import platform
@@ -140,17 +141,16 @@ def plan(config: TrainConfig, resume: Resume = "never") -> Plan:
     Raises:
         UnfeignError: the first thing that would stop the run, with what was expected and where.
     """
-    load_judge(config.audit.judge, config.folder)
+    auditor = load_judge(config.audit.judge, config.folder)
     start = find_start(config.output, config.resolved(), resume)
     rewards = load_rewards(config.rewards, config.folder, comparator=config.comparator)
     for number, spec in enumerate(config.rewards):
         if spec.on == "workers" and config.rollouts.backend != "ray":
             found = f"rollouts.backend: {config.rollouts.backend}"
             raise UnfeignError("rollouts.backend: ray, for a reward on workers", found, f"rewards[{number}].on")
-    for reward in rewards:
-        judge = getattr(getattr(reward.fn, "judge", None), "name", None)
-        if judge == config.audit.judge and judge != "rules" and not config.allow_same_judge:
-            raise UnfeignError("an audit judge that differs from the training judge", repr(judge), "audit.judge")
+    judges = [reward.fn.judge.name for reward in rewards if hasattr(reward.fn, "judge")]
+    if auditor.name in judges and auditor.name != "rules" and not config.allow_same_judge:
+        raise UnfeignError("an audit judge that differs from the training judge", repr(auditor.name), "audit.judge")
     grpo = _grpo_arguments(config)
     source = None
     if config.data.requests is not None:
@@ -170,7 +170,8 @@ def plan(config: TrainConfig, resume: Resume = "never") -> Plan:
     chosen = mixed(pool, shares, _prompts(grpo), config.seed)
     _check_columns(config, rewards)
     _check_adapters(config)
-    return Plan(config, rewards, chosen, grpo, _facts(config), start)
+    facts = _facts(config) | {"judges": {"training": judges, "audit": auditor.name}}
+    return Plan(config, rewards, chosen, grpo, facts, start)
 
 
 def _check_columns(config: TrainConfig, rewards: list[LoadedReward]) -> None:
@@ -194,8 +195,12 @@ def _check_columns(config: TrainConfig, rewards: list[LoadedReward]) -> None:
     }
     for reward in rewards:
         where = f"reward {reward.name!r}"
+        fn = reward.fn
+        if getattr(getattr(fn, "judge", None), "costly", False):  # its reading is paid for, or takes a model: not now
+            fn = copy.copy(fn)
+            fn.judge = load_judge("rules")  # type: ignore[attr-defined]
         try:
-            got = reward.fn(**calls, **columns)
+            got = fn(**calls, **columns)
             if inspect.isawaitable(got):
                 got = wait_for(got)
         except UnfeignError:

@@ -1,4 +1,4 @@
-"""The command line: `unfeign train`, `unfeign audit`, `unfeign status`, `unfeign organism build`.
+"""The command line: `unfeign train`, `audit`, `status`, `organism build`, `reward check|score`, `judge eval`.
 
 Mistakes in the input end with one line and exit code 2. Heavy libraries load inside the commands, so `--help` is
 instant.
@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from .errors import UnfeignError
+from .reward_commands import check, evaluate, score
 
 Positional = tyro.conf.Positional
 
@@ -99,15 +100,16 @@ def audit(
         if value is not None and value <= 0:
             raise UnfeignError("a number above 0", f"{value:g}", name)
     with _quiet():
-        from .rewards.judge import load_judge
-        from .split_persona.audit import findings, transcripts_from_file, write_audit
+        from .envs.transcript_file import read_transcripts
+        from .rewards.judge import judge_spec, load_judge
+        from .split_persona.audit import findings, write_audit
         from .split_persona.report import write_report
         from .training_run import audit_policy, print_table
 
-        reader = load_judge(judge)
+        reader = load_judge(judge_spec(judge))
         facts: dict[str, Any] = {"path": paths[0], "judge": judge}
         if paths[0].endswith(".jsonl"):
-            rows = findings(transcripts_from_file(Path(paths[0])), reader)
+            rows = findings([t for _, t in read_transcripts(Path(paths[0]))], reader)
         else:
             from .models import load_base, load_tokenizer, resolve, run_config, stack
             from .trainers.config import TrainConfig
@@ -196,7 +198,11 @@ def _print_plan(run: Any) -> None:
 
 
 COMMANDS = {"train": train, "audit": audit, "status": status}
-ORGANISM = {"build": organism_build}
+GROUPS: dict[str, tuple[str, dict[str, Any]]] = {
+    "organism": ("Build a model organism: `unfeign organism build CONFIG`.", {"build": organism_build}),
+    "reward": ("Check or score with a reward: `unfeign reward check|score SPEC`.", {"check": check, "score": score}),
+    "judge": ("Compare a judge with people's labels: `unfeign judge eval JUDGE FILE`.", {"eval": evaluate}),
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -210,10 +216,12 @@ def main(arguments: list[str] | None = None) -> None:
         print(__version__)
         return
     try:
-        if arguments[:1] == ["organism"]:
-            tyro.extras.subcommand_cli_from_dict(ORGANISM, prog="unfeign organism", args=arguments[1:] or ["--help"])
+        if arguments[:1] and arguments[0] in GROUPS:
+            group = GROUPS[arguments[0]][1]
+            rest = arguments[1:] or ["--help"]
+            tyro.extras.subcommand_cli_from_dict(group, prog=f"unfeign {arguments[0]}", args=rest)
         else:
-            commands: dict[str, Any] = {**COMMANDS, "organism": _organism_help}
+            commands: dict[str, Any] = {**COMMANDS, **{name: _about(text) for name, (text, _) in GROUPS.items()}}
             tyro.extras.subcommand_cli_from_dict(commands, prog="unfeign", args=arguments or ["--help"])
     except UnfeignError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -223,5 +231,11 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(130)
 
 
-def _organism_help() -> None:
-    """Build a model organism: `unfeign organism build CONFIG`."""
+def _about(text: str) -> Any:
+    """A command that is a group of others, for the list of commands."""
+
+    def group() -> None:
+        """Replaced below."""
+
+    group.__doc__ = text
+    return group

@@ -100,13 +100,25 @@ def audited_run(run: Any, launch: Callable[..., Path]) -> None:
         "of which rollouts": sum(s["generate_seconds"] for s in steps),
     }
     facts = json.loads(read_text(out / "run.json"))
-    write_text(
-        out / "run.json", json.dumps(facts | {"seconds": {k: round(v, 1) for k, v in seconds.items()}}, indent=2)
-    )
+    facts |= {"seconds": {k: round(v, 1) for k, v in seconds.items()}}
+    readers = [judge, *(r.fn.judge for r in run.rewards if hasattr(r.fn, "judge"))]
+    facts["judged"] = {reader.name: told for reader in readers if (told := _told_by(reader))}
+    write_text(out / "run.json", json.dumps(facts, indent=2) + "\n")
     if "after" in results:
         print_table(results, f"behaviour on {settings.split} families, mean [95% interval]")
         print("seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()))
         print(f"report: {write_run_report(out)}")
+
+
+def _told_by(judge: Any) -> dict[str, Any]:
+    """What a judge counted of itself: spend and failures, and the agreement of a vote."""
+    told = judge.ledger.row() if hasattr(judge, "ledger") else {}
+    for label, share in getattr(judge, "agreement", {}).items():
+        if share is not None:
+            told[f"agreement on {label}"] = round(share, 3)
+    for one in getattr(judge, "judges", []):
+        told |= {f"{one.name}: {key}": value for key, value in _told_by(one).items()}
+    return told
 
 
 def write_run_report(out: Path) -> Path:
@@ -129,9 +141,11 @@ def write_run_report(out: Path) -> Path:
             if "reward" in row
         ]
     notes = []
-    judges = {r.get("kwargs", {}).get("judge", "rules") for r in config["rewards"]}
-    if config["audit"]["judge"] in judges:
-        notes.append(f"!The judge that trained this policy ({config['audit']['judge']}) also reads this audit.")
+    judges = facts.get("judges", {"training": ["rules"], "audit": "rules"})
+    if judges["audit"] in judges["training"]:
+        notes.append(f"!The judge that trained this policy ({judges['audit']}) also reads this audit.")
+    for name, told in facts.get("judged", {}).items():
+        notes.append(f"Judge {name}: " + ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in told.items()))
     if config["comparator"]:
         notes.append("!This run is a comparator: its reward punishes the thought, or leaves out the shaping.")
     before = out / "audit" / "before"
