@@ -64,7 +64,9 @@ def layout(tokenizer: Any, completion_ids: list[list[int]], scores: list[Score |
         for t, (start, end) in enumerate(zip(starts, ends, strict=True)):
             # A token that straddles the border (`.</`) still leads to the answer: it belongs to the reasoning.
             (reasoning if start < border else answer)[i, t] = True
-            surfaced[i, t] = any(start < offset + s.end and end > offset + s.start for s in spans)
+            surfaced[i, t] = any(start < offset + s.end and end > offset + s.start for s in spans) or (
+                genuine and not spans  # a judge that gives no evidence: any of the reasoning may be the confession
+            )
     return Layout(reasoning, answer, surfaced & reasoning)
 
 

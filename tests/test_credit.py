@@ -263,3 +263,15 @@ def test_a_failed_row_leaves_the_others_as_if_it_had_not_been(batch, drop):
     whole = segment_credit(failed, answer, where, group).advantages[kept]
     alone = Layout(*(m[kept] for m in vars(where).values()))
     torch.testing.assert_close(whole, segment_credit(total[kept], answer[kept], alone, group - 1).advantages)
+
+
+def test_without_evidence_all_of_the_reasoning_may_be_the_confession():
+    """Judges that give no spans: what they call surfaced is floored throughout the reasoning."""
+    tokenizer = Pieces()
+    ids = [*tokenizer.encode(WORDS), EOS]
+    t = parse(PLACE, "".join(WORDS))
+    verdict = Verdict(True, False, False, None, t.complied)
+    for raw, floored in ((1.0, True), (0.0, False)):
+        score = Score((Term("surfaced", raw, 0.5, "reasoning"),), verdict, t)
+        where = layout(tokenizer, [ids], [score], 12)
+        assert where.surfaced.equal(where.reasoning) if floored else not where.surfaced.any()

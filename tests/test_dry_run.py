@@ -315,3 +315,20 @@ def test_trackers_are_known_and_installed(write_config, refused, monkeypatch):
     monkeypatch.setattr(integration_utils, "is_wandb_available", lambda: False)
     said = refused("train", config, "grpo.report_to=wandb")
     assert "a tracker that is installed" in said and "wandb" in said
+
+
+def test_judges_in_a_config(write_config, refused, monkeypatch, capsys):
+    """A judge that needs a key says so; with one, a dry run asks it nothing; one judge for both is refused by name."""
+    claude = {"name": "claude", "base_url": "http://127.0.0.1:9", "max_retries": 0, "cache": False}
+    trained_by = [{"fn": "verbalized_rejection", "kwargs": {"judge": claude}}]
+    monkeypatch.delenv("ANTHROPIC_API_KEY", raising=False)
+    assert "ANTHROPIC_API_KEY" in refused("train", write_config(rewards=trained_by), "--dry-run")
+    monkeypatch.setenv("ANTHROPIC_API_KEY", "not-a-real-key")
+    audit = {"split": "validation", "judge": claude}
+    said = refused("train", write_config(rewards=trained_by, audit=audit), "--dry-run")
+    assert "differs from the training judge" in said and "claude" in said and "not-a-real-key" not in said
+    config = write_config(rewards=trained_by, audit=audit, allow_same_judge=True)
+    main(["train", str(config), "--dry-run"])
+    assert "dry run: nothing was started" in capsys.readouterr().out
+    unknown = {"name": "claude", "modle": "x"}
+    assert "modle" in refused("train", write_config(audit={"judge": unknown}), "--dry-run")
