@@ -46,7 +46,7 @@ def collect(
     rendered = [render(tokenizer, s.messages) for s in asked]
     requests = [RolloutRequest(ids, _seed(seed, s)) for (ids, _), s in zip(rendered, asked, strict=True)]
     with progress(what, len(requests)) as done:
-        samples = pool.generate(requests, version, sampling, done)
+        samples = pool.generate(requests, version, sampling, lambda rows, _: done(len(rows)))
     return [
         parse(
             scenario,

@@ -35,5 +35,8 @@ def test_a_log_sees_lines_now_and_then(monkeypatch):
 def test_a_pool_tells_how_far_it_is(base, tokenizer, batch):
     pool, heard = InProcessPool(tokenizer, batch), []
     pool.push(base, 0)
-    pool.generate([RolloutRequest([5, 6], seed) for seed in range(5)], 0, Sampling(2), heard.append)
-    assert sum(heard) == 5 and max(heard) == min(batch, 5)
+    found = pool.generate(
+        [RolloutRequest([5, 6], seed) for seed in range(5)], 0, Sampling(2), lambda *some: heard.append(some)
+    )
+    assert [row for rows, _ in heard for row in rows] == list(range(5))
+    assert [sample for _, samples in heard for sample in samples] == found and len(heard) == -(-5 // batch)

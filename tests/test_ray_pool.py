@@ -101,9 +101,13 @@ def kill(slot: Any) -> None:
 
 
 def test_samples_are_those_of_the_in_process_pool(pool, policy, tokenizer):
-    heard: list[int] = []
-    assert same(pool.generate(requests(10), 1, SAMPLING, heard.append), here(policy, tokenizer, requests(10)))
-    assert sum(heard) == 10 and len(heard) == 4, "calls of at most three rows"
+    heard: list[tuple] = []
+    found = pool.generate(requests(10), 1, SAMPLING, lambda *some: heard.append(some))
+    assert same(found, here(policy, tokenizer, requests(10)))
+    assert len(heard) == 4, "calls of at most three rows"
+    assert {row: sample.ids for rows, some in heard for row, sample in zip(rows, some, strict=True)} == dict(
+        enumerate(sample.ids for sample in found)
+    )
 
 
 def test_a_push_changes_what_is_sampled(pool, policy, tokenizer, tools):

@@ -19,12 +19,14 @@ from typing import Any
 from ..envs.dataset import mixed, setting, to_dataset
 from ..envs.requests import load_requests
 from ..envs.scenario import Scenario, scenarios
+from ..envs.transcript import Transcript
 from ..errors import UnfeignError
 from ..lineage import base_facts, verify
 from ..models import adapter_folder, base_location, load_tokenizer, quiet_libraries
 from ..progress import progress
-from ..rewards.judge import load_judge, wait_for
+from ..rewards.judge import Case, case, load_judge, wait_for
 from ..rewards.plugin import LoadedReward, load_rewards
+from ..rewards.read_ahead import ReadAhead
 from .config import TrainConfig
 from .policy import PolicyRecipe
 from .rollouts import NoWorkers
@@ -333,6 +335,22 @@ def _reached(out: Path) -> int:
     return status(out).facts.get("step", 0)
 
 
+def _read_ahead(rewards: list[LoadedReward]) -> list[ReadAhead]:
+    """Let the judges that take their time read ahead; returns them."""
+    readers = []
+    for reward in rewards:
+        if getattr(getattr(reward.fn, "judge", None), "costly", False):
+            reader = ReadAhead(reward.fn.judge)  # type: ignore[attr-defined]
+            reward.fn.judge = reader  # type: ignore[attr-defined]
+            readers.append(reader)
+    return readers
+
+
+def _readable(told: list[Transcript]) -> list[Case]:
+    """The cases that a reward will ask its judge for: malformed output has a fixed price."""
+    return [case(transcript) for transcript in told if not transcript.state.malformed]
+
+
 def _train(
     run: Plan, recipe: PolicyRecipe, pool: Any, before: Hook | None, after: Hook | None, say: Callable[[str], None]
 ) -> Path:
@@ -349,8 +367,15 @@ def _train(
     model, tokenizer, lineage = recipe.build()
     if before is not None:
         before(model, tokenizer, pool)
+    here = [r for r, spec in zip(run.rewards, config.rewards, strict=True) if spec.on == "trainer"]
+    readers = _read_ahead(here)
     rollouts = PoolRollouts(
-        pool, seed=config.seed, temperature=config.rollouts.temperature, tags=config.data.delimiters
+        pool,
+        seed=config.seed,
+        temperature=config.rollouts.temperature,
+        tags=config.data.delimiters,
+        scenarios=run.scenarios,
+        ahead=(lambda told: [reader.begin(_readable(told)) for reader in readers]) if readers else None,
     )
     correction = config.rollouts.correction
     if correction == "auto":

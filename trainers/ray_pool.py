@@ -25,10 +25,18 @@ import ray
 import torch
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
-from ..progress import Advance, ignored
 from ..sampling import Sample
 from .policy import PolicyRecipe, put, trained
-from .rollouts import InProcessPool, NoWorkers, RolloutRequest, Sampling, StaleWeights, WorkerError
+from .rollouts import (
+    Arrived,
+    InProcessPool,
+    NoWorkers,
+    RolloutRequest,
+    Sampling,
+    StaleWeights,
+    WorkerError,
+    unheard,
+)
 
 RESTARTS = 3  # deaths of one worker, with no answer between, before it is given up
 STARTING = 900.0  # seconds a worker may take to load the policy, before the timeout of calls applies
@@ -257,12 +265,12 @@ class RayPool:
             )
 
     def generate(
-        self, requests: Sequence[RolloutRequest], version: int, sampling: Sampling, done: Advance = ignored
+        self, requests: Sequence[RolloutRequest], version: int, sampling: Sampling, arrived: Arrived = unheard
     ) -> list[Sample]:
         """One completion a request, in order. A row that crashed its worker twice while alone has `failed` set."""
         if self._weights is None or version != self.version:
             raise StaleWeights(f"ray pool: expected weights version {version}, found {self.version}")
-        samples = self._spread(requests, lambda actor, rows: actor.generate.remote(rows, version, sampling), done)
+        samples = self._spread(requests, lambda actor, rows: actor.generate.remote(rows, version, sampling), arrived)
         ends = self._tokenizer.eos_token_id
         return [Sample([ends], [0.0], False, failed=ASIDE) if s is ASIDE else s for s in samples]
 
@@ -285,7 +293,7 @@ class RayPool:
         return results
 
     def _spread(
-        self, items: Sequence[Any], call: Callable[[Any, list[Any]], Any], done: Advance = ignored
+        self, items: Sequence[Any], call: Callable[[Any, list[Any]], Any], arrived: Arrived = unheard
     ) -> list[Any]:
         """Answers to all items, in order, from whichever workers live; `ASIDE` for an item that kills its worker."""
         alive = sum(not slot.gone for slot in self._slots)
@@ -358,7 +366,7 @@ class RayPool:
                 sent = out.pop(ref)
                 slot.out -= 1
                 slot.answered()
-                done(len(found))
+                arrived(sent.at, found)
                 for row, answer in zip(sent.at, found, strict=True):
                     answers[row] = answer
         finally:

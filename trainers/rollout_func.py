@@ -5,11 +5,15 @@ times, and wants exactly that many rows back under `prompt_ids`, `completion_ids
 the reward functions as columns. TRL pushes no weights and applies no chat template on this path: both happen here.
 """
 
+import json
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from ..envs.scenario import Scenario
 from ..envs.tags import Tags
-from ..envs.transcript import template_opens_think
+from ..envs.transcript import Transcript, parse, template_opens_think
+from ..sampling import Sample
 from .rollouts import RolloutPool, RolloutRequest, Sampling, row_seed
 
 
@@ -27,10 +31,23 @@ class PoolRollouts:
         seed: of the run; with step and row it fixes every sample.
         temperature: of sampling.
         tags: tell whether the chat template opens the reasoning in the prompt.
+        scenarios: those asked in the run, so that a prompt can be told what it asks.
+        ahead: hears of transcripts as they arrive, while others are still sampled.
     """
 
-    def __init__(self, pool: RolloutPool, *, seed: int, temperature: float, tags: Tags):
+    def __init__(
+        self,
+        pool: RolloutPool,
+        *,
+        seed: int,
+        temperature: float,
+        tags: Tags,
+        scenarios: Sequence[Scenario] = (),
+        ahead: Callable[[list[Transcript]], None] | None = None,
+    ):
         self._pool, self._seed, self._temperature, self._tags = pool, seed, temperature, tags
+        self._asked = {json.dumps(s.messages): s for s in scenarios} if ahead else {}
+        self._ahead = ahead
         self._seconds = {"push_seconds": 0.0, "generate_seconds": 0.0}
         self._tokens = 0
         self._at: tuple[int | None, int] = (None, 0)  # step, and rows generated in it so far
@@ -56,7 +73,20 @@ class PoolRollouts:
             RolloutRequest(ids, row_seed(self._seed, step, offset + row)) for row, (ids, _) in enumerate(rendered)
         ]
         sampling = Sampling(trainer.max_completion_length, self._temperature)
-        samples = self._pool.generate(requests, step, sampling)
+
+        def arrived(rows: Sequence[int], some: Sequence[Sample]) -> None:
+            """Tell of them as the rewards will see them."""
+            told = []
+            for row, sample in zip(rows, some, strict=True):
+                asked = self._asked.get(json.dumps(prompts[row]))
+                if asked is not None and sample.failed is None:
+                    text = trainer.processing_class.decode(sample.ids, skip_special_tokens=True)
+                    opens = template_opens_think(rendered[row][1], self._tags)
+                    told.append(parse(asked, text, truncated=sample.truncated, prompt_opens_think=opens))
+            if self._ahead and told:
+                self._ahead(told)
+
+        samples = self._pool.generate(requests, step, sampling, *([arrived] if self._ahead else []))
         self._seconds["push_seconds"] += pushed - began
         self._seconds["generate_seconds"] += time.perf_counter() - pushed
         self._tokens += sum(len(s.ids) for s in samples)

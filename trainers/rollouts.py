@@ -6,7 +6,7 @@ interface and the in-process pool.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,7 +14,6 @@ import numpy as np
 
 from ..folded import FoldedModel
 from ..models import eos_ids
-from ..progress import Advance, ignored
 from ..sampling import Sample, sample
 
 
@@ -51,6 +50,13 @@ def row_seed(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
+Arrived = Callable[[Sequence[int], Sequence[Sample]], None]
+
+
+def unheard(rows: Sequence[int], samples: Sequence[Sample]) -> None:
+    """Arrivals that nobody waits for."""
+
+
 class RolloutPool(Protocol):
     """What a trainer and an audit need of a pool."""
 
@@ -63,11 +69,11 @@ class RolloutPool(Protocol):
         """Make the pool generate with `policy`'s present weights, under this version number."""
 
     def generate(
-        self, requests: Sequence[RolloutRequest], version: int, sampling: Sampling, done: Advance = ignored
+        self, requests: Sequence[RolloutRequest], version: int, sampling: Sampling, arrived: Arrived = unheard
     ) -> list[Sample]:
         """One completion a request, in order; raises `StaleWeights` when `version` is not the one pushed.
 
-        `done` hears how many were just made.
+        `arrived` hears of rows as they are made: their numbers, and their samples.
         """
 
     def close(self) -> None: ...
@@ -97,7 +103,7 @@ class InProcessPool:
         self.version = version
 
     def generate(
-        self, requests: Sequence[RolloutRequest], version: int, sampling: Sampling, done: Advance = ignored
+        self, requests: Sequence[RolloutRequest], version: int, sampling: Sampling, arrived: Arrived = unheard
     ) -> list[Sample]:
         if self._folded is None or version != self.version:
             raise StaleWeights(f"in-process pool: expected weights version {version}, found {self.version}")
@@ -113,7 +119,7 @@ class InProcessPool:
                 eos_ids=ends,
                 temperature=sampling.temperature,
             )
-            done(len(chunk))
+            arrived(range(at, at + len(chunk)), out[at:])
         return out
 
     @property
