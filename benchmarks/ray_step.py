@@ -15,6 +15,7 @@ from typing import Any
 
 from unfeign.trainers import launch
 from unfeign.trainers.config import TrainConfig
+from unfeign.trainers.plan import plan
 from unfeign.trainers.rollouts import InProcessPool
 
 OUT = Path(__file__).parent / "out" / "ray_step.json"
@@ -59,7 +60,7 @@ def main() -> None:
             f"grpo.max_steps={2 * PAIRS + 2}",
             "grpo.save_steps=1000",
         )
-        launch.train(launch.plan(TrainConfig.load(CONFIG, overrides)))
+        launch.train(plan(TrainConfig.load(CONFIG, overrides)))
         text = (Path(folder) / "run" / "metrics.jsonl").read_text()
     steps = [json.loads(line) for line in text.splitlines()][2:]
     in_process, on_ray = steps[0::2], steps[1::2]

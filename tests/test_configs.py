@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from unfeign.trainers.config import TrainConfig
-from unfeign.trainers.launch import plan
 from unfeign.trainers.organism import OrganismConfig
+from unfeign.trainers.plan import plan
 
 FOLDER = Path(str(files("unfeign.configs")))
 CONFIGS = sorted(path.name for path in FOLDER.glob("*.yaml"))

@@ -178,7 +178,7 @@ def test_the_machines_own_grpo_settings_may_be_named(write_config, tmp_path, rew
 def test_numbers_that_yaml_reads_as_text_are_numbers(write_config):
     """YAML 1.1 reads 1e-4 as text."""
     from unfeign.trainers.config import TrainConfig
-    from unfeign.trainers.launch import plan
+    from unfeign.trainers.plan import plan
 
     config = write_config()
     config.write_text(config.read_text().replace("learning_rate: 0.01", "learning_rate: 1e-4"))
@@ -291,7 +291,7 @@ def test_interrupted_is_130(write_config, monkeypatch, capsys):
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("unfeign.trainers.launch.plan", interrupt)
+    monkeypatch.setattr("unfeign.trainers.plan.plan", interrupt)
     with pytest.raises(SystemExit) as stopped:
         main(["train", str(write_config())])
     assert stopped.value.code == 130 and capsys.readouterr().err.strip() == "interrupted"

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from unfeign.cli import main
 from unfeign.trainers import checkpoint, launch
 from unfeign.trainers.config import TrainConfig
+from unfeign.trainers.plan import plan
 from unfeign.trainers.run_folder import status
 
 REWARD = '''
@@ -85,7 +86,9 @@ def start() -> Iterator[Any]:
     """Start `unfeign ARGUMENTS` in a process that can be killed."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["unfeign.trainers.grpo", "unfeign.trainers.launch", "unfeign.training_run"])
+    context.set_forkserver_preload(
+        ["unfeign.trainers.grpo", "unfeign.trainers.launch", "unfeign.trainers.plan", "unfeign.training_run"]
+    )
     started: list[Any] = []
 
     def begin(*arguments: str) -> Any:
@@ -188,7 +191,7 @@ def test_twenty_workers_killed_over_forty_steps(ray_here, config, calm, tmp_path
             killers[-1].start()
 
     overrides = (f"output={tmp_path / 'shot'}", "rollouts.backend=ray", "rollouts.workers=2")
-    launch.train(launch.plan(TrainConfig.load(config, overrides)), say=after_step)
+    launch.train(plan(TrainConfig.load(config, overrides)), say=after_step)
     over.set()
     for killer in killers:
         killer.join()

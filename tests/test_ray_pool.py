@@ -252,6 +252,7 @@ def test_a_run_on_ray_is_the_run_in_process(ray_here, tiny_config, tiny_organism
 
     from unfeign.trainers import launch
     from unfeign.trainers.config import TrainConfig
+    from unfeign.trainers.plan import plan
 
     (tmp_path / "mine.py").write_text(reward_source)
     config = tiny_config(
@@ -263,9 +264,7 @@ def test_a_run_on_ray_is_the_run_in_process(ray_here, tiny_config, tiny_organism
     logs = {}
     for backend in ("in_process", "ray"):
         out = tmp_path / backend
-        run = launch.plan(
-            TrainConfig.load(config, (f"rollouts.backend={backend}", f"output={out}", "grpo.max_steps=3"))
-        )
+        run = plan(TrainConfig.load(config, (f"rollouts.backend={backend}", f"output={out}", "grpo.max_steps=3")))
 
         def lose_a_worker(model: Any, tokenizer: Any, pool: Any) -> None:
             if isinstance(pool, RayPool):
@@ -311,6 +310,7 @@ def test_rewards_and_judges_of_a_users_file_run_on_workers(ray_here, tiny_config
 
     from unfeign.trainers import launch, remote_reward
     from unfeign.trainers.config import TrainConfig
+    from unfeign.trainers.plan import plan
 
     notes = tmp_path / "notes.txt"
     (tmp_path / "mine.py").write_text(REMOTE.replace('os.environ["NOTES"]', repr(str(notes))))
@@ -324,7 +324,7 @@ def test_rewards_and_judges_of_a_users_file_run_on_workers(ray_here, tiny_config
             tmp_path, adapters=[str(tiny_organism)], rewards=rewards, audit={"before": False, "after": False}
         )
         overrides = ("rollouts.backend=ray", "rollouts.workers=2", f"output={tmp_path / where}")
-        run = launch.plan(TrainConfig.load(config, overrides))
+        run = plan(TrainConfig.load(config, overrides))
         notes.unlink()  # of the two rows that the plan let them score
         launch.train(run, say=lambda line: None)
         seen = [[int(part) for part in line.split()] for line in notes.read_text().splitlines()]

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 from unfeign.cli import main
 from unfeign.trainers.config import TrainConfig
-from unfeign.trainers.launch import plan, train
+from unfeign.trainers.launch import train
+from unfeign.trainers.plan import plan
 
 NO_AUDIT = {"before": False, "after": False}
 

@@ -35,8 +35,8 @@ def train(
 
     settings = TrainConfig.load(config, overrides)
     with _quiet():
-        from .trainers.launch import plan
         from .trainers.launch import train as launch
+        from .trainers.plan import plan
 
         run = plan(settings, resume)
     if dry_run:
