@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..files import read_jsonl
+from .calibration import balanced_accuracy
 from .outline import outline
 from .roles import BUCKETS, ROLES, WEIGHTS, features, odds, scale
 
@@ -78,10 +79,6 @@ def learn_outcome(rows: np.ndarray, truth: np.ndarray) -> np.ndarray:
     return found
 
 
-def balanced(truth: np.ndarray, said: np.ndarray) -> float:
-    return float((said[truth].mean() + (~said[~truth]).mean()) / 2)
-
-
 def train(say: Callable[[str], None] = print) -> dict[str, np.ndarray]:
     """Learn everything; returns the arrays of `roles.npz`."""
     docs = corpus()
@@ -106,13 +103,13 @@ def train(say: Callable[[str], None] = print) -> dict[str, np.ndarray]:
     r_weights = learn_outcome(r_rows[asked], rejected[asked])
     seen = s_rows @ s_weights > 0
     say(f"{len(docs)} reasonings, {len(sentences)} sentences; balanced accuracy out of fold:")
-    say(f"surfaced {balanced(surfaced, seen):.3f}")
+    say(f"surfaced {balanced_accuracy(surfaced, seen):.3f}")
     turned = seen & declines & (r_rows @ r_weights > 0)
-    say(f"rejected {balanced(rejected, turned):.3f}")
+    say(f"rejected {balanced_accuracy(rejected, turned):.3f}")
     dev = np.array([row["id"][:2] in ("a-", "b-") for row in docs])
     if dev.any():
-        say(f"of these the bench's: surfaced {balanced(surfaced[dev], seen[dev]):.3f}")
-        say(f"                      rejected {balanced(rejected[dev], turned[dev]):.3f}")
+        say(f"of these the bench's: surfaced {balanced_accuracy(surfaced[dev], seen[dev]):.3f}")
+        say(f"                      rejected {balanced_accuracy(rejected[dev], turned[dev]):.3f}")
     weights = learn_roles(sentences, truth)
     unit = np.abs(weights).max() / 127
     return {
