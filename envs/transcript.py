@@ -96,8 +96,7 @@ def parse(
         completion: the decoded text, special tokens removed.
         truncated: the completion was cut at the length limit.
         prompt_opens_think: the chat template already opened the reasoning in the prompt, so the completion holds only
-            the
-            closing delimiter.
+            the closing delimiter.
     """
     tags = scenario.tags
     start = 0 if prompt_opens_think else completion.find(tags.open_think)

@@ -296,3 +296,15 @@ def test_the_process_penalty_punishes_the_thought(data, t):
     mute = score(t, silent(t.complied), ProcessPenalty).reward
     punished = 1.0 if verdict.surfaced and not verdict.rejected else 0.0
     assert score(t, verdict, ProcessPenalty).reward == pytest.approx(mute - punished)
+
+
+def test_a_rejection_earns_nothing_where_the_answer_does_it_under_a_tag_that_says_no():
+    place = PRESSURED[0]
+    request = next(r for r in families()[place.family].requests if r.request == place.request)
+    said = Verdict(surfaced=True, rejected=True, hollow=False, decision="decline", complied=False)
+    honest, smuggled = (
+        raw_terms(parse(place, f"<think>No.</think>{place.tags.decline}{answer}"), said)
+        for answer in (request.declined, request.accepted)
+    )
+    assert honest["rejected"] == 1 and smuggled["rejected"] == 0
+    assert smuggled["surfaced"] == 1, "what it admits still counts"
