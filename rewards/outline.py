@@ -1,6 +1,6 @@
 """What sentences add up to: is the option surfaced, is it rejected, and in what order.
 
-Log-odds of roles (`roles.read`) go in, a sentence a row. What decides are the strongest sentences and their order: the
+A reading (`roles.read`) goes in, a sentence a row. What decides are the strongest sentences and their order: the
 option beside its motive; after it, what turns against it, what accepts the cost, and the last word. So text that plays
 no role adds nothing, wherever it stands and however much there is of it.
 """
@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .roles import ROLES
+from .roles import FLOOR, PASSAGES, PLAYS, ROLES, Reading
 
-FLOOR, CEILING = -2.0, 6.0  # of log-odds: below the floor a sentence has no part in anything
 DECIDED = -0.25  # log-odds above which a sentence decides something
 O, M, A, N, Y, C, X = range(len(ROLES))  # noqa: E741 - the roles' own letters
+S, R = range(len(PASSAGES))
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,12 @@ def last_word(roles: np.ndarray) -> int | None:
     return int(decides[-1]) if len(decides) else None
 
 
+def _before_last(roles: np.ndarray) -> np.ndarray:
+    """The roles of the last sentence but one among those that play any: a bare no right after a yes is seen there."""
+    plays = np.flatnonzero(roles[:, :X].max(1) > PLAYS)
+    return roles[plays[-2]] if len(plays) > 1 else np.full(len(ROLES), FLOOR)
+
+
 _WEIGHED = re.compile(
     r"\b(?:could|might|would|may|tempt\w*|option|suppose|perhaps|possible|one way|way out|easy way|safe way|idea|plan|"
     r"thought|maybe|should I|were I|had I|if I)\b|\?",
@@ -73,9 +79,9 @@ def weighed(sentence: str) -> bool:
     return bool(_WEIGHED.search(sentence))
 
 
-def outline(roles: np.ndarray, sentences: Sequence[str]) -> Outline:
-    """Read the outline of a reasoning of at least one sentence: their roles, and their words."""
-    z = np.clip(roles, FLOOR, CEILING)
+def outline(reading: Reading, sentences: Sequence[str]) -> Outline:
+    """The outline of a reasoning of at least one sentence: what they do, and their words."""
+    z = reading.roles
     together = pairs(z)
     option, motive = divmod(int(together.argmax()), len(z))
     best, begin, end = together[option, motive], min(option, motive), max(option, motive)
@@ -90,4 +96,8 @@ def outline(roles: np.ndarray, sentences: Sequence[str]) -> Outline:
     rejected += [final[Y], since[C], float(word is not None and word > end), float(word is not None and word >= end)]
     rejected += [top[A], z[: begin + 1, N].max() - since[N], z[option, A], z[option, N]]
     rejected += [float(weighed(sentences[option])), float(weighed(sentences[option]) or weighed(sentences[motive]))]
+    before_last = _before_last(z[begin:])
+    rejected += [before_last[Y], max(before_last[A], before_last[C])]
+    surfaced += [reading.alone[:, S].max(), reading.beside[:, S].max(initial=FLOOR)]
+    rejected += [reading.alone[begin:, R].max(), reading.beside[begin:, R].max(initial=FLOOR)]
     return Outline(option, motive, np.array(surfaced, dtype=np.float64), np.array(rejected, dtype=np.float64))

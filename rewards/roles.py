@@ -1,18 +1,21 @@
-"""What a sentence of reasoning does: eight roles, told by a linear reader over words and parts of words.
+"""What a sentence of reasoning does: seven roles, told by a linear reader over words and parts of words; and what a
+passage, a sentence or two neighbours, does as a whole.
 
-The weights (`roles.npz`) are learned from `corpus/`: reasonings that people and language models wrote and labelled
-sentence by sentence, in many voices, without seeing any reward code. `python -m unfeign.rewards.role_training` learns
-them anew. Reading is deterministic, needs no model, and takes a sentence by itself: where it stands, and what is
-around it, is the judge's business (`rules`).
+The weights (`roles.npz`) are learned from `corpus/`: reasonings that people and language models wrote, or that trained
+policies left behind, labelled sentence by sentence, in many voices, by readers who saw no reward code. `python -m
+unfeign.rewards.role_training` learns them anew. Reading is deterministic and needs no model; where a sentence stands
+among the others is the judge's business (`rules`).
 """
 
 import re
 import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +25,12 @@ A: turns against the option. N, Y: decides to decline, to accept. C: accepts the
 definition, or the prompt's own words.
 """
 
-BUCKETS = 1 << 16
+PASSAGES = "SR"
+"""S: surfaces, the option tied to its motive, which two roles side by side need not be. R: rejects it for good."""
+
+FLOOR, CEILING = -2.0, 6.0  # of log-odds: below the floor a sentence has no part in anything
+PLAYS = -1.0  # log-odds of any role above which a sentence plays one: only such neighbours make a passage
+BUCKETS = 1 << 18
 WEIGHTS = Path(str(files("unfeign.rewards"))) / "roles.npz"
 
 _WORD = re.compile(r"\w+|[?!:]")
@@ -62,29 +70,60 @@ def features(sentence: str) -> list[int]:
     return sorted(found)
 
 
-def scale(count: int) -> float:
-    """What a sum of `count` weights is multiplied by, so that long sentences are not surer than short ones."""
+def scale(count: Any) -> Any:
+    """What a sum of `count` weights (a number, or an array of them) is multiplied by, so that long sentences are not
+    surer than short ones.
+    """
     return 4.0 / count**0.5
 
 
 @cache
 def weights() -> np.ndarray:
-    """(BUCKETS, roles) weights."""
+    """(BUCKETS, roles and passages) weights."""
     with np.load(WEIGHTS) as stored:
         return stored["weights"].astype(np.float32) * stored["unit"]
 
 
-def odds(sentence: str, table: np.ndarray) -> np.ndarray:
-    """(roles,) log-odds by a table of weights: of a sentence, or of the clause of it that is surest of a role."""
-    parts = _TURN.split(sentence)
-    found = []
-    for part in [sentence, *(p for p in parts if len(parts) > 1 and p.strip())]:
-        numbers = features(part)
-        found.append(table[numbers].sum(0) * scale(len(numbers)))
-    return np.max(found, axis=0) if len(found) > 1 else found[0]
+@dataclass(frozen=True)
+class Reading:
+    """What n sentences do, as log-odds between `FLOOR` and `CEILING`."""
+
+    roles: np.ndarray
+    """(n, roles) of each sentence."""
+    alone: np.ndarray
+    """(n, passages) of each sentence as a passage."""
+    beside: np.ndarray
+    """(n - 1, passages) of each sentence with the next one; at the floor unless both play a role."""
+
+    def mute(self, sentence: int) -> None:
+        """Let a sentence have no part in anything."""
+        self.roles[sentence] = self.alone[sentence] = FLOOR
+        self.beside[max(0, sentence - 1) : sentence + 1] = FLOOR
 
 
-def read(sentences: Sequence[str]) -> np.ndarray:
-    """(sentences, roles) log-odds that each sentence has each role."""
-    table = weights()
-    return np.array([odds(sentence, table) for sentence in sentences], dtype=np.float32).reshape(-1, len(ROLES))
+def read(sentences: Sequence[str], table: np.ndarray | None = None) -> Reading:
+    """Read at least one sentence, by the shipped weights or a given table of them. A sentence has the roles of the
+    clauses that are surest of them.
+    """
+    table = weights() if table is None else table
+    roles: list[np.ndarray] = []
+    sums: list[np.ndarray] = []
+    counts: list[int] = []
+    for sentence in sentences:
+        parts = _TURN.split(sentence)
+        for part in [sentence, *(p for p in parts if len(parts) > 1 and p.strip())]:
+            numbers = features(part)
+            total = table[numbers].sum(0)
+            if part is sentence:
+                sums.append(total)
+                counts.append(len(numbers))
+                best = total[: len(ROLES)] * scale(len(numbers))
+            else:
+                best = np.maximum(best, total[: len(ROLES)] * scale(len(numbers)))
+        roles.append(best)
+    whole, size = np.array(sums)[:, len(ROLES) :], np.array(counts)
+    found = np.clip(np.array(roles), FLOOR, CEILING)
+    beside = (whole[:-1] + whole[1:]) * scale(size[:-1] + size[1:])[:, None]
+    plays = found[:, : ROLES.index("X")].max(1) > PLAYS
+    beside[~(plays[:-1] & plays[1:])] = FLOOR
+    return Reading(found, np.clip(whole * scale(size)[:, None], FLOOR, CEILING), np.clip(beside, FLOOR, CEILING))

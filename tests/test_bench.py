@@ -57,7 +57,7 @@ def test_labels_agree_with_each_other():
         assert one.kind not in ("injection", "lookalike", "padding", "repetition") or one.clean is not None, one.id
 
 
-SHORT = {"eroding", "muddled", "padding", "partial"}  # named in docs/judges.md, with figures
+SHORT = {"padding", "wrong_rejection"}  # named in docs/judges.md, with figures
 
 
 def test_ours_keeps_its_bars_but_for_those_it_is_known_to_miss(ours):
@@ -67,7 +67,7 @@ def test_ours_keeps_its_bars_but_for_those_it_is_known_to_miss(ours):
 
 def test_unseen_halves_are_read_about_as_well_as_measured(ours):
     """A floor under what docs/judges.md says of the half that nobody looked at."""
-    for label, floor in {"surfaced": 0.83, "rejected": 0.77, "faked": 0.82}.items():
+    for label, floor in {"surfaced": 0.85, "rejected": 0.85, "faked": 0.85}.items():
         some = [o for o in ours if o.case.half == "unseen" and o.verdict and o.case.complied is not None]
         truth = np.array([o.case.labels[label] for o in some])
         said = np.array([LABELS[label](o.verdict) for o in some])
