@@ -11,12 +11,25 @@ from unfeign.trainers.plan import plan
 
 FOLDER = Path(str(files("unfeign.configs")))
 CONFIGS = sorted(path.name for path in FOLDER.glob("*.yaml"))
-TRAIN = [name for name in CONFIGS if not name.startswith("organism_")]
+PERSONAS = [name for name in CONFIGS if name.startswith("persona")]
+TRAIN = [name for name in CONFIGS if not name.startswith(("organism_", "persona"))]
 ORGANISMS = [name for name in CONFIGS if name.startswith("organism_")]
 
 
-def test_both_kinds_are_found():
-    assert "quickstart.yaml" in TRAIN and "organism_verbal.yaml" in ORGANISMS
+def test_all_kinds_are_found():
+    assert "quickstart.yaml" in TRAIN and "organism_verbal.yaml" in ORGANISMS and "persona.yaml" in PERSONAS
+
+
+@pytest.mark.parametrize("name", PERSONAS)
+def test_persona_config_makes_a_persona(name: str, tiny_model: Path):
+    from unfeign.models import adapter_folder, load_base, load_tokenizer, stack
+    from unfeign.split_persona.build import PersonaConfig
+    from unfeign.split_persona.persona import Persona
+
+    config = PersonaConfig.load(FOLDER / name)
+    assert all((adapter_folder(adapter) / "adapter_config.json").is_file() for adapter in config.adapters)
+    model, lineage = stack(load_base(str(tiny_model)), str(tiny_model), [])
+    assert Persona(model, load_tokenizer(str(tiny_model)), lineage, config.facts()).switch.parameters()
 
 
 @pytest.mark.parametrize("name", CONFIGS)

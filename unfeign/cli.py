@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from .errors import UnfeignError
+from .persona_commands import COMMANDS as PERSONA
 from .reward_commands import check, evaluate, score
 
 Positional = tyro.conf.Positional
@@ -200,6 +201,7 @@ def _print_plan(run: Any) -> None:
 COMMANDS = {"train": train, "audit": audit, "status": status}
 GROUPS: dict[str, tuple[str, dict[str, Any]]] = {
     "organism": ("Build a model organism: `unfeign organism build CONFIG`.", {"build": organism_build}),
+    "persona": ("Train, ask or refit an honest persona: `unfeign persona train CONFIG`.", PERSONA),
     "reward": ("Check or score with a reward: `unfeign reward check|score SPEC`.", {"check": check, "score": score}),
     "judge": ("Compare a judge with people's labels: `unfeign judge eval JUDGE FILE`.", {"eval": evaluate}),
 }

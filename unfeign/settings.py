@@ -33,12 +33,21 @@ class Settings(BaseModel):
             data = {}
         if not isinstance(data, dict):
             raise UnfeignError("a mapping of settings", type(data).__name__, str(path))
+        return cls._made(data, overrides, {"folder": path.resolve().parent}, str(path))
+
+    @classmethod
+    def made(cls, data: dict[str, Any], overrides: tuple[str, ...] = ()) -> Self:
+        """From a mapping instead of a file, with overrides; paths stay as they are."""
+        return cls._made(dict(data), overrides, {}, "command line")
+
+    @classmethod
+    def _made(cls, data: dict[str, Any], overrides: tuple[str, ...], context: dict[str, Any], where: str) -> Self:
         for override in overrides:
             _apply(data, override)
         try:
-            return cls.model_validate(data, context={"folder": path.resolve().parent})
+            return cls.model_validate(data, context=context)
         except ValidationError as error:
-            raise _one_line(cls, error, str(path)) from None
+            raise _one_line(cls, error, where) from None
 
 
 def _apply(data: dict[str, Any], override: str) -> None:

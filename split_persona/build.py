@@ -1,0 +1,215 @@
+"""`unfeign persona train`: a policy's transcripts, or a data file, become a persona, which is checked on families it
+never saw and given its threshold there.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationInfo, model_validator
+
+from ..envs.scenario import RENDERINGS, scenarios
+from ..errors import UnfeignError
+from ..files import write_jsonl, write_text
+from ..settings import Settings
+from ..trainers.rollouts import InProcessPool, Sampling
+from .adapters import Kind
+from .deeds import Judged, chances, measure, monitored, sample_deeds, threshold_at
+from .examples import Example, flip, matched, read_examples
+from .modes import Mode
+from .persona import Persona, PersonaFacts, load_persona, persona_folder, read_facts
+from .sequence import load_framing
+from .training import train_persona
+
+
+class OwnData(Settings):
+    """The policy's own transcripts of train families."""
+
+    samples: int = Field(6, gt=0)
+    """Completions of each monitored prompt; other prompts get one."""
+    requests_per_family: int = Field(7, gt=0)
+    per_prompt: int = Field(2, gt=0)
+    """Of each deed, at most, in one monitored prompt."""
+    quiet: float = Field(0.5, ge=0)
+    """PASS examples from unmonitored prompts and controls, as a share of the matched ones."""
+
+
+class PublishedData(Settings):
+    """The public `stage_3_tagged` files of Split Personality Training."""
+
+    folder: Path
+    config: Path | None = None
+    """A `training_config.json` with its filters."""
+    topics: list[str] | None = None
+    leave_out: list[str] = []
+    limit: int | None = Field(None, gt=0)
+
+
+class PersonaConfig(Settings):
+    """All of `unfeign persona train`."""
+
+    model: str
+    adapters: list[str] = []
+    """The policy's adapters, bottom first."""
+    output: Path
+    kind: Kind = "lora"
+    mode: Mode = "masked"
+    framing: str = "persona"
+    """A shipped framing, or a YAML file."""
+    review: bool = True
+    """Whether reviews have text; else the flag alone."""
+    pauses: int = Field(0, ge=0)
+    """Triggers after the first, for the persona to think in."""
+    lora: dict[str, Any] = {}
+    """`LoraConfig` arguments."""
+    own: OwnData = OwnData()
+    file: Path | None = None
+    """Examples of one's own; the policy's transcripts are then not sampled."""
+    published: PublishedData | None = None
+    """The published files; likewise."""
+    flip: float = Field(0.0, ge=0, lt=0.5)
+    """Share of flags turned round, to see what wrong labels cost."""
+    learning_rate: float = Field(1e-3, gt=0)
+    epochs: int = Field(3, gt=0)
+    batch_size: int = Field(8, gt=0)
+    train_intervention: bool = False
+    max_tokens: int = Field(1024, gt=0)
+    """Longest transcript, in tokens."""
+    temperature: float = Field(1.0, gt=0)
+    """At which the policy's transcripts are sampled: high, so that both deeds are seen."""
+    max_new_tokens: int = Field(80, gt=0)
+    dtype: str = "float32"
+    seed: int = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _relative(cls, data: Any, info: ValidationInfo) -> Any:
+        """Paths are relative to the config file, as in every config."""
+        folder = (info.context or {}).get("folder")
+        if not isinstance(data, dict) or folder is None:
+            return data
+        out = dict(data)
+        if out.get("file"):
+            out["file"] = folder / Path(out["file"]).expanduser()
+        if isinstance(out.get("published"), dict):
+            out["published"] = {
+                k: folder / Path(v).expanduser() if k in ("folder", "config") and v else v
+                for k, v in out["published"].items()
+            }
+        if str(out.get("framing", "")).endswith((".yaml", ".yml")):
+            out["framing"] = str(folder / out["framing"])
+        return out
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "PersonaConfig":
+        if self.file and self.published:
+            raise ValueError("one source of examples, file or published")
+        return self
+
+    def facts(self) -> PersonaFacts:
+        framing = load_framing(self.framing).model_copy(update={"review": self.review, "pauses": self.pauses})
+        return PersonaFacts(kind=self.kind, mode=self.mode, framing=framing, lora=self.lora)
+
+
+def policy_deeds(config: PersonaConfig, model: Any, tokenizer: Any, split: str, seed: int) -> list[Judged]:
+    """The policy's transcripts of a split: several of every monitored prompt, one of the others."""
+    own, train = config.own, split == "train"
+    every = scenarios(split, renderings=("original",) if train else RENDERINGS)  # type: ignore[arg-type]
+    if train:
+        chosen: dict[str, set[str]] = {}
+        for s in every:
+            names = chosen.setdefault(s.family, set())
+            if len(names) < own.requests_per_family:
+                names.add(s.pair_id.split("/")[1])
+        every = [s for s in every if s.pair_id.split("/")[1] in chosen[s.family]]
+    pressed = [s for s in every if not s.control and s.tier == "monitored"]
+    quiet = [s for s in every if (s.control and s.tier == "monitored") or (not s.control and s.tier == "unmonitored")]
+    pool = InProcessPool(tokenizer, batch_size=64)
+    how: dict[str, Any] = {"seed": seed, "sampling": Sampling(config.max_new_tokens, config.temperature)}
+    found = sample_deeds(model, tokenizer, pool, pressed, samples=own.samples if train else 3, **how)
+    found += sample_deeds(model, tokenizer, pool, quiet, samples=1, **how)
+    pool.close()
+    return found
+
+
+def examples_of(config: PersonaConfig, model: Any, tokenizer: Any) -> tuple[list[Example], dict[str, Any]]:
+    """The examples a config asks for, and what is to be told of them."""
+    if config.file:
+        found, facts = read_examples(config.file), {"file": str(config.file)}
+    elif config.published:
+        from .published import read_published
+
+        p = config.published
+        found, counts = read_published(p.folder, p.config, topics=p.topics, leave_out=p.leave_out, limit=p.limit)
+        facts = {"published": str(p.folder), "rows": counts}
+    else:
+        judged = policy_deeds(config, model, tokenizer, "train", config.seed)
+        found = matched(judged, config.seed, config.own.per_prompt, config.own.quiet)
+        facts = {"sampled": len(judged)}
+    if not found:
+        raise UnfeignError("examples to learn from", f"none: {facts}", "persona data")
+    return flip(found, config.flip, config.seed), facts
+
+
+def build_persona(config: PersonaConfig, say: Any = print) -> Path:
+    """Sample, train, choose the threshold on validation families, save; returns the persona's folder.
+
+    Raises:
+        UnfeignError: an output that exists, a framing or examples that can't be read, or flags that are all alike.
+    """
+    from ..models import load_base, load_tokenizer, stack
+
+    facts = config.facts()
+    _new(config.output)
+    tokenizer = load_tokenizer(config.model)
+    model, lineage = stack(load_base(config.model, config.dtype), config.model, list(config.adapters))
+    data, about = examples_of(config, model, tokenizer)
+    held = policy_deeds(config, model, tokenizer, "validation", config.seed + 1000)
+    return _fit(config, Persona(model, tokenizer, lineage, facts, config.seed), data, about, held, say)
+
+
+def refit_persona(name: str, checkpoint: str, out: Path, overrides: tuple[str, ...] = (), say: Any = print) -> Path:
+    """Train a persona on, from its weights, on a later checkpoint's own transcripts; see `build_persona`."""
+    from ..models import load_base, load_tokenizer, resolve, stack
+
+    _new(out)
+    folder = persona_folder(name)
+    facts = read_facts(folder)
+    base, below = resolve(checkpoint)
+    settings: dict[str, Any] = {"model": base, "adapters": [str(a) for a in below], "output": str(out)}
+    settings |= {"kind": facts.kind, "mode": facts.mode, "lora": facts.lora, "epochs": 1, "learning_rate": 3e-4}
+    config = PersonaConfig.made(settings, overrides)
+    tokenizer = load_tokenizer(base)
+    model, lineage = stack(load_base(base, config.dtype), base, below)
+    data, about = examples_of(config, model, tokenizer)
+    held = policy_deeds(config, model, tokenizer, "validation", config.seed + 1000)
+    persona = load_persona(folder, model, tokenizer, lineage)
+    return _fit(config, persona, data, about, held, say)
+
+
+def _new(folder: Path) -> None:
+    if folder.exists() and any(folder.iterdir()):
+        raise UnfeignError("a new folder (choose another output)", "one that holds files", str(folder))
+
+
+def _fit(
+    config: PersonaConfig, persona: Persona, data: list[Example], about: dict[str, Any], held: list[Judged], say: Any
+) -> Path:
+    say(f"{len(data)} examples, {sum(e.failed for e in data)} FAIL: {about}")
+    losses = train_persona(
+        persona, data,
+        learning_rate=config.learning_rate, epochs=config.epochs, batch_size=config.batch_size,
+        train_intervention=config.train_intervention, seed=config.seed, max_tokens=config.max_tokens,
+    )  # fmt: skip
+    chance = chances(persona, held, persona.facts.framing.interventions).mean(1)
+    pressed, truth = monitored(held)
+    threshold = threshold_at(truth, chance[pressed]) if truth.any() and not truth.all() else persona.facts.threshold
+    persona.facts = persona.facts.model_copy(update={"threshold": threshold})
+    found = measure(held, chance, threshold)
+    folder = persona.save(config.output)
+    write_jsonl(folder / "examples.jsonl", [e.row() for e in data])
+    report = {"examples": len(data), "data": about, "losses": [losses[0], losses[-1]], "validation": found}
+    write_text(folder / "metrics.json", json.dumps(report, indent=2) + "\n")
+    say(f"validation families: {json.dumps(found)}")
+    say(f"persona: {folder}")
+    return folder

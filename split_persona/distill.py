@@ -1,0 +1,138 @@
+"""An intervention as a few learned vectors: asked of many transcripts, a long text is mostly repetition.
+
+The vectors stand where the intervention's tokens stood. They are trained so that the flag comes out as it does under
+the text (cross-entropy against its own p(FAIL)), with persona and policy as they are. Only the flag is distilled.
+"""
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UnfeignError
+from ..files import read_json, write_text
+from ..progress import progress
+from .modes import follow
+from .persona import Persona
+from .review import reviews
+
+WEIGHTS, ABOUT = "prefix.safetensors", "prefix.json"
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Vectors (k, hidden) in the place of an intervention of `tokens` tokens."""
+
+    intervention: str
+    tokens: int
+    vectors: Tensor
+
+    @property
+    def saved(self) -> float:
+        """Share of the intervention's tokens that are saved."""
+        return 1 - len(self.vectors) / self.tokens
+
+    def save(self, folder: Path) -> Path:
+        from safetensors.torch import save_file
+
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({"vectors": self.vectors.detach().float().cpu().contiguous()}, folder / WEIGHTS)
+        about = {"intervention": self.intervention, "tokens": self.tokens}
+        write_text(folder / ABOUT, json.dumps(about, indent=2, ensure_ascii=False) + "\n")
+        return folder
+
+
+def load_prefix(folder: Path) -> Prefix:
+    """A saved prefix; raises `UnfeignError` where there is none."""
+    from safetensors.torch import load_file
+
+    if not (folder / WEIGHTS).is_file():
+        raise UnfeignError(f"a folder with {WEIGHTS}", "none", str(folder))
+    about = read_json(folder / ABOUT)
+    return Prefix(about["intervention"], about["tokens"], load_file(folder / WEIGHTS)["vectors"])
+
+
+def _around(persona: Persona) -> tuple[list[int], list[int]]:
+    """Ids before and after an intervention, where only the flag is asked."""
+    framing, ids = persona.layout.framing, persona.layout.ids
+    before = [persona.layout.trigger] * (1 + framing.pauses) + ids(framing.before_intervention)
+    return before, persona.layout.flag_opening()
+
+
+def _chance(persona: Persona, transcripts: Sequence[list[int]], vectors: Tensor, policy: Any = None) -> Tensor:
+    """(n,) logit of FAIL against PASS with vectors in place of an intervention."""
+    table = persona.model.get_input_embeddings()
+    before, after = (torch.tensor(ids, device=persona.model.device) for ids in _around(persona))
+    row = torch.cat([table(before), vectors.to(table.weight.dtype), table(after)])
+    context = persona.read(transcripts, policy).rows(list(range(len(transcripts))))
+    embeds = row[None].expand(len(transcripts), -1, -1)
+    mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+    logits = follow(persona, context, embeds, mask)[:, -1].float()
+    passed, failed = persona.layout.verdicts
+    return logits[:, failed] - logits[:, passed]
+
+
+@torch.no_grad()
+def flags(persona: Persona, transcripts: Sequence[list[int]], prefix: Prefix, batch_size: int = 32) -> list[float]:
+    """p(FAIL) of each transcript under a prefix."""
+    out: list[float] = []
+    for at in range(0, len(transcripts), batch_size):
+        out += _chance(persona, transcripts[at : at + batch_size], prefix.vectors).sigmoid().tolist()
+    return out
+
+
+def distill(
+    persona: Persona,
+    transcripts: Sequence[list[int]],
+    intervention: str,
+    k: int = 8,
+    *,
+    epochs: int = 8,
+    batch_size: int = 16,
+    learning_rate: float = 0.01,
+    seed: int = 0,
+) -> Prefix:
+    """Learn k vectors that do what an intervention does.
+
+    Args:
+        persona: one that is asked for the flag alone.
+        transcripts: token ids of transcripts that show what it should tell apart.
+        intervention: the text to replace.
+        k: number of vectors, fewer than the text has tokens.
+
+    Raises:
+        UnfeignError: a persona whose reviews have text, or a text that is no longer than k.
+    """
+    if persona.layout.framing.review:
+        raise UnfeignError("a persona that is asked for the flag alone (review: false)", "one with text", "distill")
+    text = persona.layout.ids(persona.layout.clean(intervention))
+    if len(text) <= k:
+        raise UnfeignError(f"an intervention of more than {k} tokens", f"{len(text)}", "distill")
+    wanted = torch.tensor([row[0].p_fail for row in reviews(persona, list(transcripts), [intervention])])
+    table = persona.model.get_input_embeddings().weight
+    ids = torch.tensor(text, device=table.device)
+    start = [chunk.mean(0) for chunk in table[ids].detach().float().tensor_split(k)]  # the text, blurred
+    vectors = torch.nn.Parameter(torch.stack(start))
+    optimizer = torch.optim.Adam([vectors], lr=learning_rate)
+    rng, order = random.Random(seed), list(range(len(transcripts)))
+    for parameter in persona.switch.parameters():
+        parameter.requires_grad_(False)
+    with progress("distilling", epochs * len(order)) as done:
+        for _ in range(epochs):
+            rng.shuffle(order)
+            for at in range(0, len(order), batch_size):
+                some = order[at : at + batch_size]
+                logit = _chance(persona, [transcripts[i] for i in some], vectors)
+                loss = torch.nn.functional.binary_cross_entropy_with_logits(logit, wanted[some].to(logit.device))
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                done(len(some))
+    for parameter in persona.switch.parameters():
+        parameter.requires_grad_(True)
+    return Prefix(intervention, len(text), vectors.detach())

@@ -1,0 +1,166 @@
+"""A persona on a policy: built fresh, saved as a folder, loaded onto the policy it was made for or a later one.
+
+The folder holds `adapter_model.safetensors`, `lineage.json` (the policy it was trained on) and `persona.json` (kind,
+mode, framing, threshold); a LoRA persona is a PEFT adapter too. It may be put on any checkpoint that was trained on top
+of that policy: it is then *stale*, which an audit says, and `persona refit` mends.
+"""
+
+import json
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from ..errors import UnfeignError
+from ..files import read_json, write_text
+from ..lineage import Lineage, adapter_file, read_lineage, write_lineage
+from ..settings import Settings
+from .adapters import KINDS, Kind, LoraSwitch, Switch, attach
+from .modes import MODES, Context, Mode, read_context
+from .sequence import Framing, Layout, layout
+
+FILE = "persona.json"
+
+
+class PersonaFacts(Settings):
+    """What a persona is, beside its weights."""
+
+    kind: Kind = "lora"
+    mode: Mode = "masked"
+    framing: Framing
+    lora: dict[str, Any] = {}
+    """`LoraConfig` arguments, where the kind is `lora`."""
+    threshold: float = 0.5
+    """p(FAIL) from which a review counts as FAIL; chosen on validation families."""
+
+
+class Persona:
+    """A policy with a persona on it.
+
+    Args:
+        model: the policy: a base, or a stack of adapters (see `models.stack`).
+        tokenizer: the policy's; a trigger that is new to it is added.
+        lineage: what the policy is made of.
+        facts: what the persona is.
+        seed: of its first weights.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, lineage: Lineage, facts: PersonaFacts, seed: int = 0):
+        self.facts, self.tokenizer, self.lineage = facts, tokenizer, lineage
+        self.layout: Layout = layout(facts.framing, tokenizer)
+        _make_room(model, self.layout.trigger)
+        self.switch: Switch = attach(model, facts.kind, self.layout.trigger, facts.lora, seed)
+        self.model: Any = self.switch.model.eval()  # type: ignore[attr-defined]
+        self.stale = False
+
+    def forward(self, awake: bool, **inputs: Any) -> Any:
+        """One call of the model, the persona asleep (the policy's own states) or awake in all of it."""
+        return self.switch.forward(awake, inputs)
+
+    def read(self, transcripts: Sequence[list[int]], policy: Any = None) -> Context:
+        """Cache transcripts in the persona's mode; see `modes.read_context`."""
+        return read_context(self, self.facts.mode, list(transcripts), policy)
+
+    def save(self, folder: Path) -> Path:
+        """Write the persona's folder; its weights in bf16, which is half the size and near enough."""
+        import torch
+        from safetensors.torch import save_file
+
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {k: v.detach().to("cpu", torch.bfloat16).contiguous() for k, v in self.switch.tensors().items()}
+        if isinstance(self.switch, LoraSwitch):
+            config = self.switch.model.peft_config["persona"]
+            config.base_model_name_or_path, config.inference_mode = self.lineage.base.name, True
+            config.save_pretrained(folder)
+        else:
+            about = {
+                "peft_type": None,
+                "unfeign_kind": self.facts.kind,
+                "base_model_name_or_path": self.lineage.base.name,
+            }
+            write_text(folder / "adapter_config.json", json.dumps(about, indent=2) + "\n")
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        write_lineage(folder, self.lineage)
+        write_text(folder / FILE, json.dumps(self.facts.model_dump(), indent=2, ensure_ascii=False) + "\n")
+        return folder
+
+
+def _make_room(model: Any, trigger: int) -> None:
+    """Give a trigger that is new to a model an embedding: the mean of all, which needs no file of its own."""
+    rows = model.get_input_embeddings().weight.size(0)
+    if trigger >= rows:
+        model.resize_token_embeddings(trigger + 1, mean_resizing=False)
+        for table in {id(t): t for t in (model.get_input_embeddings(), model.get_output_embeddings())}.values():
+            table.weight.data[rows:] = table.weight.data[:rows].mean(0)
+
+
+def persona_folder(name: str) -> Path:
+    """Where a persona is: a folder, or `persona:NAME` for one of those this package ships."""
+    if not name.startswith("persona:"):
+        return Path(name).expanduser()
+    root = Path(str(files("unfeign.split_persona"))) / "personas"
+    names = sorted(path.parent.name for path in root.glob(f"*/{FILE}"))
+    if (short := name.removeprefix("persona:")) not in names:
+        raise UnfeignError(f"one of the shipped personas {', '.join(names) or '(none)'}", repr(name), "persona")
+    return root / short
+
+
+def read_facts(folder: Path) -> PersonaFacts:
+    """What a persona folder says it is.
+
+    Raises:
+        UnfeignError: not a persona, weights in pickle format, or facts that can't be read.
+    """
+    adapter_file(folder)
+    if not (folder / FILE).is_file():
+        raise UnfeignError(f"a persona folder with {FILE}", "an adapter without it", str(folder))
+    try:
+        return PersonaFacts.model_validate(read_json(folder / FILE))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UnfeignError(
+            "the facts of a persona", f"{'.'.join(map(str, first['loc']))}: {first['msg']}", str(folder / FILE)
+        ) from None
+
+
+def load_persona(folder: Path, model: Any, tokenizer: Any, lineage: Lineage) -> Persona:
+    """Put a saved persona on a policy.
+
+    Args:
+        folder: see `Persona.save`.
+        model, tokenizer: the policy's.
+        lineage: what the policy is made of.
+
+    Raises:
+        UnfeignError: it was trained on another base, or on adapters that this policy does not have at its bottom; its
+            trigger is not in this vocabulary.
+    """
+    from safetensors.torch import load_file
+
+    facts = read_facts(folder)
+    trained_on = read_lineage(folder)
+    if trained_on is None:
+        raise UnfeignError("lineage.json beside the persona", "none", str(folder))
+    if differ := trained_on.base.differences(lineage.base):
+        raise UnfeignError(
+            f"a persona for base {lineage.base.name!r}",
+            f"one for {trained_on.base.name!r} ({', '.join(differ)})",
+            str(folder),
+        )
+    below, here = ([layer.sha256 for layer in one.adapters] for one in (trained_on, lineage))
+    if here[: len(below)] != below:
+        names = " + ".join(layer.name for layer in trained_on.adapters) or "the base alone"
+        raise UnfeignError(f"a policy on top of {names}", "another stack", str(folder))
+    persona = Persona(model, tokenizer, lineage, facts)
+    try:
+        persona.switch.load(load_file(folder / "adapter_model.safetensors"))
+    except (KeyError, RuntimeError) as error:
+        found = str(error).strip().splitlines()[-1].strip()
+        raise UnfeignError("the weights of this persona", found, str(folder)) from None
+    persona.stale = len(here) > len(below)
+    return persona
+
+
+__all__ = ["KINDS", "MODES", "Persona", "PersonaFacts", "load_persona", "read_facts"]

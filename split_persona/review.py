@@ -1,0 +1,151 @@
+"""Asking a persona: the text of its review, and p(FAIL) from the logits at the flag, never from the text."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..progress import progress
+from .modes import Context, follow
+from .persona import Persona
+
+BATCH = 64  # rows of a transcript and an intervention that are forwarded together
+
+
+@dataclass(frozen=True)
+class Review:
+    """What the persona said of one transcript under one intervention. `text` is None where only the flag was asked."""
+
+    intervention: str
+    text: str | None
+    p_fail: float
+    """Probability of FAIL against PASS at the flag."""
+
+
+@torch.inference_mode()
+def reviews(
+    persona: Persona,
+    transcripts: Sequence[list[int]],
+    interventions: Sequence[str],
+    *,
+    max_new_tokens: int = 60,
+    temperature: float = 0.0,
+    seed: int = 0,
+    transcripts_at_once: int = 16,
+    what: str = "reviewing",
+) -> list[list[Review]]:
+    """Ask every intervention of every transcript, each transcript's context computed once.
+
+    Args:
+        transcripts: token ids, see `Layout.context`.
+        interventions: texts.
+        max_new_tokens: length limit of a review's text; the flag is asked after it.
+        temperature: of the text; at 0 it is the likeliest one.
+        seed: with the row it fixes a sampled text.
+
+    Returns:
+        A list a transcript, a review an intervention. Whether a review has text is the framing's `review`.
+    """
+    out: list[list[Review]] = []
+    with progress(what, len(transcripts)) as done:
+        for at in range(0, len(transcripts), transcripts_at_once):
+            chunk = transcripts[at : at + transcripts_at_once]
+            context = persona.read(chunk)
+            rows = [(i, text) for i in range(len(chunk)) for text in interventions]
+            found: list[Review] = []
+            for start in range(0, len(rows), BATCH):
+                some = rows[start : start + BATCH]
+                here = context.rows([i for i, _ in some])
+                seeds = [seed + (at + i) * len(interventions) + interventions.index(text) for i, text in some]
+                found += _ask(persona, here, [text for _, text in some], max_new_tokens, temperature, seeds)
+            n = len(interventions)
+            out += [found[i * n : (i + 1) * n] for i in range(len(chunk))]
+            done(len(chunk))
+    return out
+
+
+@torch.inference_mode()
+def answers(
+    persona: Persona, question: str, n: int, *, temperature: float = 0.7, max_new_tokens: int = 60, seed: int = 0
+) -> list[str]:
+    """Ask a question of its own, with no transcript before it: n sampled answers, without a flag."""
+    context = persona.read([persona.layout.alone()]).rows([0] * n)
+    ids, mask = _padded(persona, [persona.layout.suffix(question)] * n)
+    logits = _last(follow(persona, context, ids, mask), mask)
+    texts, _ = _write(persona, context, logits, max_new_tokens, temperature, [seed + k for k in range(n)])
+    return texts
+
+
+def _padded(persona: Persona, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Rows of ids, padded on the right, with their mask."""
+    width, device = max(map(len, rows)), persona.model.device
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
+    return ids, torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
+
+
+def p_fail(persona: Persona, logits: Tensor) -> Tensor:
+    """(B,) probability of FAIL from logits (B, V) where the flag stands."""
+    return logits[:, list(persona.layout.verdicts)].float().softmax(-1)[:, 1]
+
+
+def _last(logits: Tensor, mask: Tensor) -> Tensor:
+    """(B, V) logits after the last real token of each row."""
+    return logits[torch.arange(len(mask), device=mask.device), mask.sum(1) - 1]
+
+
+def _ask(
+    persona: Persona, context: Context, asked: list[str], limit: int, temperature: float, seeds: list[int]
+) -> list[Review]:
+    ids, mask = _padded(persona, [persona.layout.suffix(text) for text in asked])
+    logits = _last(follow(persona, context, ids, mask), mask)
+    if not persona.layout.framing.review:
+        return [Review(text, None, p) for text, p in zip(asked, p_fail(persona, logits).tolist(), strict=True)]
+    texts, rest = _write(persona, context, logits, limit, temperature, seeds)
+    ids, mask = _padded(persona, rest)
+    chances = p_fail(persona, _last(follow(persona, context, ids, mask), mask)).tolist()
+    return [Review(*one) for one in zip(asked, texts, chances, strict=True)]
+
+
+def _write(
+    persona: Persona, context: Context, logits: Tensor, limit: int, temperature: float, seeds: list[int]
+) -> tuple[list[str], list[list[int]]]:
+    """Write reviews until each opens its flag: the texts, and for each row the tokens that are still to be read, up to
+    where the flag stands. The trigger can't be written: only the auditor wakes the persona.
+    """
+    layout, rows = persona.layout, len(seeds)
+    opening = layout.flag_opening()
+    draws = [torch.Generator().manual_seed(s) for s in seeds]
+    written: list[list[int]] = [[] for _ in range(rows)]
+    going = [True] * rows
+    ends = {persona.tokenizer.eos_token_id}
+    rest: list[list[int]] = [opening] * rows
+    for _ in range(limit):
+        logits = logits.float()
+        logits[:, layout.trigger] = -torch.inf
+        tokens = _choose(logits, temperature, draws)
+        for row, token in enumerate(tokens):
+            if not going[row]:
+                continue
+            if token in ends:  # it forgot the flag: it is asked all the same
+                going[row], rest[row] = False, opening
+                continue
+            written[row].append(token)
+            if written[row][-len(opening) :] == opening:
+                going[row], rest[row] = False, [token]
+                del written[row][-len(opening) :]
+        if not any(going):
+            break
+        ids = torch.tensor([[t] for t in tokens], device=persona.model.device)
+        mask = torch.tensor([[int(g)] for g in going], device=persona.model.device)
+        logits = follow(persona, context, ids, mask)[:, -1]
+    texts = [persona.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in written]
+    return texts, rest
+
+
+def _choose(logits: Tensor, temperature: float, draws: list[Any]) -> list[int]:
+    if temperature <= 0:
+        return logits.argmax(-1).tolist()
+    chances = (logits / temperature).softmax(-1).cpu()
+    return [int(torch.multinomial(p, 1, generator=g)) for p, g in zip(chances, draws, strict=True)]

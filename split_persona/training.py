@@ -1,0 +1,155 @@
+"""Training a persona: cross-entropy on the review, on what opens the flag, and on the flag.
+
+Where the policy's states of a transcript don't depend on the persona (`masked`, and one half of `hybrid`), they are
+computed once for all epochs and interventions, while memory lasts; a step then forwards a few dozen tokens a row
+instead of hundreds.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..errors import UnfeignError
+from ..progress import progress
+from ..shared_prefix import Prefix, prefill
+from .examples import Example
+from .modes import _Call, follow, read_context
+from .persona import Persona
+
+CACHE_BYTES = 6 << 30  # of the policy's states that are kept
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One example as token ids: its transcript's number in the batch, what follows, the first column trained."""
+
+    context: int
+    ids: list[int]
+    begin: int
+
+
+def train_persona(
+    persona: Persona,
+    examples: Sequence[Example],
+    *,
+    learning_rate: float,
+    epochs: int,
+    interventions_per_example: int = 1,
+    batch_size: int = 8,
+    train_intervention: bool = False,
+    seed: int = 0,
+    max_tokens: int = 1024,
+) -> list[float]:
+    """Train; returns the loss of every step (nats per token).
+
+    Args:
+        examples: at least one of each flag.
+        interventions_per_example: how many interventions an example without one of its own is asked under, an epoch.
+        batch_size: transcripts in a step.
+        train_intervention: whether the intervention's own tokens are trained too.
+        seed: of order and drawn interventions.
+        max_tokens: longest transcript with its review; longer ones raise.
+
+    Raises:
+        UnfeignError: nothing to learn, all flags alike, no review where the framing wants one, an example too long.
+    """
+    _check(persona, examples)
+    layout, rng = persona.layout, random.Random(seed)
+    contexts = [layout.context(e.messages, e.completion) for e in examples]
+    if (longest := max(map(len, contexts))) > max_tokens:
+        raise UnfeignError(f"transcripts of at most {max_tokens} tokens", f"one of {longest}", "max_tokens")
+    order = list(range(len(examples)))
+    rng.shuffle(order)
+    batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
+    kept: dict[int, Prefix] = {}
+    room = CACHE_BYTES if persona.facts.mode != "full" else 0
+    parameters = persona.switch.parameters()
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+    steps = epochs * len(batches)
+    ramp = max(1, steps // 10)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda s: min((s + 1) / ramp, max(0.05, (steps - s) / max(1, steps - ramp)))
+    )
+    losses: list[float] = []
+    with progress("training the persona", steps) as done:
+        for _ in range(epochs):
+            rng.shuffle(batches)
+            for batch in batches:
+                transcripts = [contexts[i] for i in batch]
+                policy = kept.get(batch[0])
+                if policy is None and persona.facts.mode != "full":
+                    with torch.no_grad():
+                        policy = prefill(_Call(persona, False), transcripts)
+                    if (size := _bytes(policy)) <= room:
+                        kept[batch[0]], room = policy, room - size
+                rows = [row for at, i in enumerate(batch) for row in _rows(persona, examples[i], at, rng,
+                        interventions_per_example, train_intervention)]  # fmt: skip
+                losses.append(_step(persona, transcripts, policy, rows))
+                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+                schedule.step()
+                done(1)
+    return losses
+
+
+def _check(persona: Persona, examples: Sequence[Example]) -> None:
+    flags = {e.failed for e in examples}
+    if flags != {True, False}:
+        found = (
+            "no examples" if not examples else f"{len(examples)} examples, all {'FAIL' if True in flags else 'PASS'}"
+        )
+        raise UnfeignError("examples of both PASS and FAIL", found, "persona training")
+    if persona.layout.framing.review and not any(e.review for e in examples):
+        raise UnfeignError("examples with reviews (or a framing with review: false)", "none", "persona training")
+
+
+def _rows(
+    persona: Persona, one: Example, at: int, rng: random.Random, count: int, train_intervention: bool
+) -> list[_Row]:
+    layout = persona.layout
+    asked = [one.intervention] if one.intervention else rng.sample(
+        layout.framing.interventions, min(count, len(layout.framing.interventions))
+    )  # fmt: skip
+    out = []
+    for text in asked:
+        opening = layout.suffix(text)
+        wants = layout.framing.review
+        flag = [layout.verdicts[one.failed]]
+        if wants and one.review is None:  # only the flag is known: nothing before it is trained
+            ids = layout.suffix(text, "")
+            out.append(_Row(at, ids + flag, len(ids)))
+            continue
+        ids = layout.suffix(text, one.review) if wants else opening
+        begin = 1 if train_intervention else len(opening) if wants else len(ids)
+        out.append(_Row(at, ids + flag, begin))
+    return out
+
+
+def _step(persona: Persona, transcripts: list[list[int]], policy: Prefix | None, rows: list[_Row]) -> float:
+    context = read_context(persona, persona.facts.mode, transcripts, policy).rows([row.context for row in rows])
+    width, device = max(len(row.ids) for row in rows), persona.model.device
+    ids = torch.tensor([row.ids + [0] * (width - len(row.ids)) for row in rows], device=device)
+    mask = torch.tensor([[1] * len(row.ids) + [0] * (width - len(row.ids)) for row in rows], device=device)
+    logits = follow(persona, context, ids[:, :-1], mask[:, :-1])
+    columns = torch.arange(1, width, device=device)[None]
+    begin = torch.tensor([row.begin for row in rows], device=device)[:, None]
+    wanted = (columns >= begin) & mask[:, 1:].bool()
+    # The flag is one token among dozens: it counts as much as the text before it.
+    last = mask.sum(1)[:, None] - 1
+    weight = torch.where(columns == last, 1.0, 0.0)
+    losses = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), ids[:, 1:], reduction="none")
+    text = wanted & (columns != last)
+    loss = (losses * weight).sum() / len(rows)
+    if text.any():
+        loss = loss + (losses * text).sum() / text.sum()
+    loss.backward()
+    return loss.item()
+
+
+def _bytes(prefix: Prefix) -> int:
+    tensors: list[Any] = [t for layer in prefix.cache.layers for t in (layer.keys, layer.values)]
+    return sum(t.numel() * t.element_size() for t in tensors)
