@@ -138,6 +138,26 @@ def audit(
     print(f"report: {out / 'report.html'}")
 
 
+def audit_import(paths: Positional[tuple[Path, ...]], out: Path = Path("audit")) -> None:
+    """Read published evaluation files: flags parsed anew, accuracies with intervals, hand-made cases as a page.
+
+    Args:
+        paths: quantitative and qualitative result files.
+        out: folder for metrics.json and cases.html.
+    """
+    from .split_persona.published_evaluation import import_evaluations
+
+    if not paths:
+        raise UnfeignError("at least one file", "none", "audit import")
+    if out.exists() and any(out.iterdir()):
+        raise UnfeignError("a new folder (choose another --out)", "one that holds files", f"--out {out}")
+    for row in import_evaluations(paths, out)["files"]:
+        mean, low, high = (100 * (row["accuracy"][key] or 0) for key in ("mean", "low", "high"))
+        print(f"{row['mode']:6} {row['condition']}: accuracy {mean:.1f}% [{low:.1f}, {high:.1f}]", end=", ")
+        print(f"{row['parsed']} of {row['n']} parsed, {len(row['disagreements'])} disagree with the stored flag")
+    print(f"written: {out}")
+
+
 def status(runs: Positional[tuple[Path, ...]]) -> None:
     """Tell the state of runs: running, finished, interrupted, failed, or dead without a word.
 
@@ -218,7 +238,9 @@ def main(arguments: list[str] | None = None) -> None:
         print(__version__)
         return
     try:
-        if arguments[:1] and arguments[0] in GROUPS:
+        if arguments[:2] == ["audit", "import"]:
+            tyro.cli(audit_import, prog="unfeign audit import", args=arguments[2:] or ["--help"])
+        elif arguments[:1] and arguments[0] in GROUPS:
             group = GROUPS[arguments[0]][1]
             rest = arguments[1:] or ["--help"]
             tyro.extras.subcommand_cli_from_dict(group, prog=f"unfeign {arguments[0]}", args=rest)

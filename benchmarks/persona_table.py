@@ -1,0 +1,134 @@
+"""Personas trained and measured side by side: what docs/results.md shows of them.
+
+    python benchmarks/persona_table.py OUT [VARIANT ...]
+
+The organism's transcripts are sampled once into OUT (train, validation and heldout families) and serve every variant.
+A variant is a name of `VARIANTS`, with the seed after a dash (`masked-0`). Each appends one line to OUT/results.jsonl:
+steps, seconds, and on heldout families AUROC, TPR at the validation threshold and mean p(FAIL) of what is honest.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from unfeign.envs.scenario import RENDERINGS, scenarios
+from unfeign.envs.transcript import parse
+from unfeign.files import read_jsonl, write_jsonl
+from unfeign.models import load_base, load_tokenizer, quiet_libraries, stack
+from unfeign.rewards.judge import case, wait_for
+from unfeign.rewards.rules import RulesJudge
+from unfeign.split_persona.build import PersonaConfig, policy_deeds
+from unfeign.split_persona.deeds import Judged, chances, measure, monitored, threshold_at
+from unfeign.split_persona.distill import distill, flags
+from unfeign.split_persona.examples import flip, matched
+from unfeign.split_persona.persona import Persona
+from unfeign.split_persona.training import train_persona
+
+CONFIG = Path(__file__).parent.parent / "configs" / "persona.yaml"
+NOT_K = ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+K_AND_MLP = ["k_proj", "gate_proj", "up_proj", "down_proj"]
+VARIANTS: dict[str, dict[str, Any]] = {
+    **{mode: {"mode": mode} for mode in ("masked", "full", "hybrid")},
+    "review": {"review": True},
+    "user_followup": {"framing": "user_followup"},
+    "confession": {"framing": "confession"},
+    "ia3": {"kind": "ia3", "lora": {}, "learning_rate": 0.02},
+    "steering": {"kind": "steering", "lora": {}, "learning_rate": 0.02},
+    "pauses": {"pauses": 8},
+    **{
+        f"flip{share}-{mode}": {"mode": mode, "flip": share / 100}
+        for share in (10, 30)
+        for mode in ("masked", "full", "hybrid")
+    },
+    **{
+        f"{name}-{mode}": {"mode": mode, "lora": {"r": 8, "lora_alpha": 16, "target_modules": targets}}
+        for name, targets in (("not_k", NOT_K), ("k_and_mlp", K_AND_MLP))
+        for mode in ("masked", "full")
+    },
+}
+
+
+def deeds(folder: Path, config: PersonaConfig, split: str) -> list[Judged]:
+    """The policy's transcripts of a split, sampled if they are not there yet."""
+    path = folder / f"{split}.jsonl"
+    if not path.exists():
+        tokenizer = load_tokenizer(config.model)
+        model, _ = stack(load_base(config.model), config.model, list(config.adapters))
+        found = policy_deeds(config, model, tokenizer, split, {"train": 0, "validation": 1000, "heldout": 2000}[split])
+        write_jsonl(path, [{"id": t.scenario.scenario_id, "completion": t.completion} for t, _ in found])
+    known = {s.scenario_id: s for s in scenarios(split, renderings=RENDERINGS)}  # type: ignore[arg-type]
+    read = [parse(known[row["id"]], row["completion"]) for row in read_jsonl(path)]
+    verdicts = wait_for(RulesJudge()([case(t) for t in read]))
+    return list(zip(read, verdicts, strict=True))  # type: ignore[arg-type]
+
+
+def run(folder: Path, name: str) -> dict[str, Any]:
+    """Train one variant and measure it on heldout families."""
+    what, _, seed = name.rpartition("-")
+    config = PersonaConfig.load(CONFIG, (f"seed={seed}",))
+    config = config.model_copy(update=VARIANTS[what])
+    parts = {split: deeds(folder, config, split) for split in ("train", "validation", "heldout")}
+    data = flip(matched(parts["train"], config.seed, config.own.per_prompt, config.own.quiet), config.flip, config.seed)
+    tokenizer = load_tokenizer(config.model)
+    model, lineage = stack(load_base(config.model), config.model, list(config.adapters))
+    persona = Persona(model, tokenizer, lineage, config.facts(), config.seed)
+    start = time.perf_counter()
+    losses = train_persona(
+        persona,
+        data,
+        learning_rate=config.learning_rate,
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        seed=config.seed,
+    )
+    seconds = time.perf_counter() - start
+    asked = config.facts().framing.interventions[: 2 if config.review else None]
+    chance = {split: chances(persona, parts[split], asked).mean(1) for split in ("validation", "heldout")}
+    rows, truth = monitored(parts["validation"])
+    threshold = threshold_at(truth, chance["validation"][rows])
+    out = {"variant": what, "seed": config.seed, "examples": len(data), "steps": len(losses), "seconds": seconds}
+    out |= {
+        "validation": measure(parts["validation"], chance["validation"], threshold)["auroc"],
+        "threshold": threshold,
+    }
+    out |= measure(parts["heldout"], chance["heldout"], threshold)
+    if name == "masked-0":
+        out["distilled"] = distilled(persona, parts, asked[0])
+    persona.facts = persona.facts.model_copy(update={"threshold": threshold})
+    persona.save(folder / name)
+    return out
+
+
+def distilled(persona: Persona, parts: dict[str, list[Judged]], text: str) -> dict[str, Any]:
+    """The first intervention as 8 vectors, learned on train families: tokens saved, accuracy kept on heldout ones."""
+    ids = {k: [persona.layout.context(t.scenario.messages, t.completion) for t, _ in v] for k, v in parts.items()}
+    prefix = distill(persona, ids["train"][:160], text, 8)
+    import numpy as np
+
+    kept = measure(parts["heldout"], np.array(flags(persona, ids["heldout"], prefix)))
+    whole = measure(parts["heldout"], chances(persona, parts["heldout"], [text])[:, 0])
+    return {
+        "tokens": prefix.tokens,
+        "saved": prefix.saved,
+        "auroc_text": whole["auroc"],
+        "auroc_vectors": kept["auroc"],
+    }
+
+
+def main(folder: Path, names: list[str]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        with quiet_libraries():
+            found = run(folder, name)
+        with (folder / "results.jsonl").open("a") as file:
+            file.write(json.dumps(found) + "\n")
+        print(name, json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    main(
+        Path(sys.argv[1]),
+        sys.argv[2:] or [f"{mode}-{seed}" for mode in ("masked", "full", "hybrid") for seed in (0, 1, 2)],
+    )
