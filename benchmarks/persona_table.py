@@ -20,7 +20,7 @@ from unfeign.models import load_base, load_tokenizer, quiet_libraries, stack
 from unfeign.rewards.judge import case, wait_for
 from unfeign.rewards.rules import RulesJudge
 from unfeign.split_persona.build import PersonaConfig, policy_deeds
-from unfeign.split_persona.deeds import Judged, chances, measure, monitored, threshold_at
+from unfeign.split_persona.deeds import Judged, chances, measure, monitored, threshold_at, told
 from unfeign.split_persona.distill import distill, flags
 from unfeign.split_persona.examples import flip, matched
 from unfeign.split_persona.persona import Persona
@@ -86,14 +86,14 @@ def run(folder: Path, name: str) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     asked = config.facts().framing.interventions[: 2 if config.review else None]
     chance = {split: chances(persona, parts[split], asked).mean(1) for split in ("validation", "heldout")}
-    rows, truth = monitored(parts["validation"])
+    rows, truth = monitored(told(parts["validation"]))
     threshold = threshold_at(truth, chance["validation"][rows])
     out = {"variant": what, "seed": config.seed, "examples": len(data), "steps": len(losses), "seconds": seconds}
     out |= {
-        "validation": measure(parts["validation"], chance["validation"], threshold)["auroc"],
+        "validation": measure(told(parts["validation"]), chance["validation"], threshold)["auroc"],
         "threshold": threshold,
     }
-    out |= measure(parts["heldout"], chance["heldout"], threshold)
+    out |= measure(told(parts["heldout"]), chance["heldout"], threshold)
     if name == "masked-0":
         out["distilled"] = distilled(persona, parts, asked[0])
     persona.facts = persona.facts.model_copy(update={"threshold": threshold})
@@ -107,8 +107,8 @@ def distilled(persona: Persona, parts: dict[str, list[Judged]], text: str) -> di
     prefix = distill(persona, ids["train"][:160], text, 8)
     import numpy as np
 
-    kept = measure(parts["heldout"], np.array(flags(persona, ids["heldout"], prefix)))
-    whole = measure(parts["heldout"], chances(persona, parts["heldout"], [text])[:, 0])
+    kept = measure(told(parts["heldout"]), np.array(flags(persona, ids["heldout"], prefix)))
+    whole = measure(told(parts["heldout"]), chances(persona, parts["heldout"], [text])[:, 0])
     return {
         "tokens": prefix.tokens,
         "saved": prefix.saved,

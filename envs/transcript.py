@@ -153,6 +153,7 @@ def transcript_row(transcript: Transcript) -> dict[str, Any]:
         "user": s.request,
         "reasoning": transcript.reasoning,
         "answer": transcript.answer,
+        "completion": transcript.completion,
         "decision": transcript.decision and str(transcript.decision),
         "complied": transcript.complied,
         "content_complied": transcript.content_complied,

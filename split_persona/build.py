@@ -6,18 +6,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import Field, ValidationInfo, model_validator
 
 from ..envs.scenario import RENDERINGS, scenarios
 from ..errors import UnfeignError
-from ..files import write_jsonl, write_text
+from ..files import read_text, write_jsonl, write_text
 from ..settings import Settings
 from ..trainers.rollouts import InProcessPool, Sampling
 from .adapters import Kind
-from .deeds import Judged, chances, measure, monitored, sample_deeds, threshold_at
+from .deeds import Judged, chances, measure, monitored, sample_deeds, threshold_at, told
 from .examples import Example, flip, matched, read_examples
 from .modes import Mode
-from .persona import Persona, PersonaFacts, load_persona, persona_folder, read_facts
+from .persona import EXAMPLES, SPIKES, Persona, PersonaFacts, load_persona, persona_folder, read_facts
 from .sequence import load_framing
 from .training import train_persona
 
@@ -56,6 +57,8 @@ class PersonaConfig(Settings):
     mode: Mode = "masked"
     framing: str = "persona"
     """A shipped framing, or a YAML file."""
+    interventions: Path | None = None
+    """A text file with further interventions, one a line."""
     review: bool = True
     """Whether reviews have text; else the flag alone."""
     pauses: int = Field(0, ge=0)
@@ -89,8 +92,9 @@ class PersonaConfig(Settings):
         if not isinstance(data, dict) or folder is None:
             return data
         out = dict(data)
-        if out.get("file"):
-            out["file"] = folder / Path(out["file"]).expanduser()
+        for key in ("file", "interventions"):
+            if out.get(key):
+                out[key] = folder / Path(out[key]).expanduser()
         if isinstance(out.get("published"), dict):
             out["published"] = {
                 k: folder / Path(v).expanduser() if k in ("folder", "config") and v else v
@@ -107,7 +111,11 @@ class PersonaConfig(Settings):
         return self
 
     def facts(self) -> PersonaFacts:
-        framing = load_framing(self.framing).model_copy(update={"review": self.review, "pauses": self.pauses})
+        framing = load_framing(self.framing)
+        more = read_text(self.interventions).splitlines() if self.interventions else []
+        texts = [*framing.interventions, *(line.strip() for line in more if line.strip())]
+        update = {"review": self.review, "pauses": self.pauses, "interventions": texts}
+        framing = framing.model_copy(update=update)
         return PersonaFacts(kind=self.kind, mode=self.mode, framing=framing, lora=self.lora)
 
 
@@ -187,6 +195,38 @@ def refit_persona(name: str, checkpoint: str, out: Path, overrides: tuple[str, .
     return _fit(config, persona, data, about, held, say)
 
 
+def distill_persona(name: str, checkpoint: str, intervention: str, k: int, out: Path, say: Any = print) -> Path:
+    """Learn k vectors for an intervention on a checkpoint's train families; tells what is saved, and what is kept on
+    validation families.
+    """
+    from ..models import load_base, load_tokenizer, resolve, stack
+    from .distill import distill, flags
+
+    _new(out)
+    folder = persona_folder(name)
+    read_facts(folder)
+    base, below = resolve(checkpoint)
+    config = PersonaConfig.made({"model": base, "adapters": [str(a) for a in below], "output": str(out)})
+    tokenizer = load_tokenizer(base)
+    model, lineage = stack(load_base(base, config.dtype), base, below)
+    train, held = (policy_deeds(config, model, tokenizer, split, config.seed) for split in ("train", "validation"))
+    persona = load_persona(folder, model, tokenizer, lineage)
+    ids = [[persona.layout.context(t.scenario.messages, t.completion) for t, _ in part] for part in (train, held)]
+    prefix = distill(persona, ids[0], intervention, k, seed=config.seed)
+    kept = measure(told(held), np.array(flags(persona, ids[1], prefix)))
+    whole = measure(told(held), chances(persona, held, [intervention])[:, 0])
+    facts = {
+        "tokens": prefix.tokens,
+        "saved": prefix.saved,
+        "auroc_text": whole["auroc"],
+        "auroc_vectors": kept["auroc"],
+    }
+    prefix.save(out)
+    write_text(out / "metrics.json", json.dumps(facts, indent=2) + "\n")
+    say(f"{prefix.tokens} tokens -> {k} vectors ({100 * prefix.saved:.0f}% saved): {json.dumps(facts)}")
+    return out
+
+
 def _new(folder: Path) -> None:
     if folder.exists() and any(folder.iterdir()):
         raise UnfeignError("a new folder (choose another output)", "one that holds files", str(folder))
@@ -202,12 +242,15 @@ def _fit(
         train_intervention=config.train_intervention, seed=config.seed, max_tokens=config.max_tokens,
     )  # fmt: skip
     chance = chances(persona, held, persona.facts.framing.interventions).mean(1)
-    pressed, truth = monitored(held)
+    deeds = told(held)
+    pressed, truth = monitored(deeds)
     threshold = threshold_at(truth, chance[pressed]) if truth.any() and not truth.all() else persona.facts.threshold
     persona.facts = persona.facts.model_copy(update={"threshold": threshold})
-    found = measure(held, chance, threshold)
+    found = measure(deeds, chance, threshold)
     folder = persona.save(config.output)
-    write_jsonl(folder / "examples.jsonl", [e.row() for e in data])
+    write_jsonl(folder / EXAMPLES, [e.row() for e in data])
+    spikes = [one for one in matched(held, config.seed, per_prompt=1, quiet=0.0)]
+    write_jsonl(folder / SPIKES, [e.row() for e in spikes])
     report = {"examples": len(data), "data": about, "losses": [losses[0], losses[-1]], "validation": found}
     write_text(folder / "metrics.json", json.dumps(report, indent=2) + "\n")
     say(f"validation families: {json.dumps(found)}")

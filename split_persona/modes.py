@@ -82,7 +82,7 @@ def read_context(persona: Any, mode: Mode, transcripts: list[list[int]], policy:
     return Context(Prefix(both, mask, own.last_logits), lengths, mask.size(1))
 
 
-def follow(persona: Any, context: Context, ids: Tensor, mask: Tensor) -> Tensor:
+def follow(persona: Any, context: Context, ids: Tensor, mask: Tensor, awake: bool = True) -> Tensor:
     """Logits of what follows the transcripts, (B, L, V), with the persona awake; the context grows by it.
 
     Args:
@@ -90,10 +90,11 @@ def follow(persona: Any, context: Context, ids: Tensor, mask: Tensor) -> Tensor:
         ids: (B, L) token ids, or (B, L, H) embeddings, beginning with the trigger or going on after it, padded on the
             right.
         mask: (B, L), 1 for real tokens.
+        awake: False asks the policy itself, to compare with.
     """
     every = torch.cat([context.prefix.mask, mask.to(context.prefix.mask.dtype)], 1)
     out = persona.forward(
-        True,
+        awake,
         **{"input_ids" if ids.ndim == 2 else "inputs_embeds": ids},
         attention_mask=_additive(every, ids.size(1), context.halved, persona.model.dtype) if context.halved else every,
         position_ids=(context.lengths[:, None] + mask.cumsum(1) - 1).clamp(min=0),

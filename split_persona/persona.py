@@ -22,6 +22,10 @@ from .modes import MODES, Context, Mode, read_context
 from .sequence import Framing, Layout, layout
 
 FILE = "persona.json"
+EXAMPLES = "examples.jsonl"
+"""What it learned from."""
+SPIKES = "spikes.jsonl"
+"""Transcripts of known deeds, of families it did not learn from: does it still see them?"""
 
 
 class PersonaFacts(Settings):

@@ -85,9 +85,9 @@ def _padded(persona: Persona, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
     return ids, torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
 
 
-def p_fail(persona: Persona, logits: Tensor) -> Tensor:
+def p_fail(persona: Persona, logits: Tensor, verdicts: tuple[int, int] | None = None) -> Tensor:
     """(B,) probability of FAIL from logits (B, V) where the flag stands."""
-    return logits[:, list(persona.layout.verdicts)].float().softmax(-1)[:, 1]
+    return logits[:, list(verdicts or persona.layout.verdicts)].float().softmax(-1)[:, 1]
 
 
 def _last(logits: Tensor, mask: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from unfeign.errors import UnfeignError
 from unfeign.models import load_base, load_tokenizer, stack
 from unfeign.rewards.verdict import Verdict
 from unfeign.split_persona.adapters import KINDS
-from unfeign.split_persona.deeds import measure, threshold_at
+from unfeign.split_persona.deeds import measure, threshold_at, told
 from unfeign.split_persona.examples import Example, deed, flip, matched, read_examples
 from unfeign.split_persona.modes import MODES
 from unfeign.split_persona.persona import Persona, PersonaFacts, load_persona
@@ -243,11 +243,14 @@ class TestExamples:
 class TestMeasure:
     def test_a_persona_that_flags_the_situation_scores_a_half(self):
         judged = TestExamples().judged()
+        deeds = told(judged)
         situation = np.array([0.9 if t.scenario.tier == "monitored" else 0.1 for t, _ in judged])
-        found = measure(judged, situation)
+        found = measure(deeds, situation, least=1)
         assert found["auroc"] == pytest.approx(0.5)
         knows = np.array([float(bool(t.complied)) for t, _ in judged])
-        assert measure(judged, knows)["auroc"] == 1
+        assert measure(deeds, knows, least=1)["auroc"] == 1
+        few = measure(deeds, knows)
+        assert few["auroc"] is None and "fewer than 20" in few["reason"]
 
     def test_thresholds_allow_a_tenth_of_false_alarms(self):
         truth = np.array([False] * 20 + [True] * 20)

@@ -74,6 +74,7 @@ def audit(
     seed: int = 1234,
     dtype: str = "float32",
     adapters: tuple[str, ...] = (),
+    persona: str | None = None,
 ) -> None:
     """Audit what a checkpoint does: matched pairs and controls, metrics, a report page.
 
@@ -90,9 +91,12 @@ def audit(
         seed: fixes the sampling.
         dtype: float32 or bfloat16.
         adapters: stacked on a base given by `paths`, bottom first.
+        persona: a persona folder, or persona:NAME, that reviews every transcript; with baselines beside it.
     """
     if len(paths) != 1:
         raise UnfeignError("one checkpoint or transcripts.jsonl", f"{len(paths)} paths", "audit")
+    if persona and paths[0].endswith(".jsonl"):
+        raise UnfeignError("a checkpoint, whose states a persona reads", paths[0], "--persona")
     if out.exists() and not out.is_dir():
         raise UnfeignError("a folder", "a file", f"--out {out}")
     if out.exists() and any(out.iterdir()):
@@ -105,7 +109,7 @@ def audit(
         from .rewards.judge import judge_spec, load_judge
         from .split_persona.audit import findings, write_audit
         from .split_persona.report import write_report
-        from .training_run import audit_policy, print_table
+        from .training_run import audit_policy, print_persona, print_table
 
         reader = load_judge(judge_spec(judge))
         facts: dict[str, Any] = {"path": paths[0], "judge": judge}
@@ -120,7 +124,7 @@ def audit(
             asked = TrainConfig.of(run_config(Path(paths[0]).resolve()))
             below = [*below, *adapters]
             tokenizer = load_tokenizer(base)
-            model, _ = stack(load_base(base, dtype), base, below)
+            model, lineage = stack(load_base(base, dtype), base, below)
             how: dict[str, Any] = {
                 "split": split,
                 "renderings": renderings,
@@ -132,9 +136,19 @@ def audit(
             facts |= how | {"base": base, "adapters": [str(a) for a in below]}
             pool = InProcessPool(tokenizer, batch_size)
             rows = audit_policy(model, tokenizer, pool, reader, tags=asked.data.delimiters, **how)
+            pool.close()
+            if persona:
+                from .split_persona.persona import load_persona, persona_folder
+                from .split_persona.persona_audit import persona_metrics, review_findings
+
+                auditor = load_persona(persona_folder(persona), model, tokenizer, lineage)
+                rows = review_findings(auditor, rows)
+                facts |= {"persona": persona_metrics(auditor, rows, persona_folder(persona)) | {"name": persona}}
         result = write_audit(out, rows, facts)
         write_report(out / "report.html", title=f"Audit of {paths[0]}", before=None, after=rows, run=facts)
     print_table({paths[0]: result})
+    if persona:
+        print_persona(facts["persona"])
     print(f"report: {out / 'report.html'}")
 
 
@@ -221,7 +235,7 @@ def _print_plan(run: Any) -> None:
 COMMANDS = {"train": train, "audit": audit, "status": status}
 GROUPS: dict[str, tuple[str, dict[str, Any]]] = {
     "organism": ("Build a model organism: `unfeign organism build CONFIG`.", {"build": organism_build}),
-    "persona": ("Train, ask or refit an honest persona: `unfeign persona train CONFIG`.", PERSONA),
+    "persona": ("Train, ask, refit or distill an honest persona: `unfeign persona train CONFIG`.", PERSONA),
     "reward": ("Check or score with a reward: `unfeign reward check|score SPEC`.", {"check": check, "score": score}),
     "judge": ("Compare a judge with people's labels: `unfeign judge eval JUDGE FILE`.", {"eval": evaluate}),
 }

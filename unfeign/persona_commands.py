@@ -1,4 +1,4 @@
-"""`unfeign persona train|ask|refit`: the command line around `split_persona`."""
+"""`unfeign persona train|ask|refit|distill`: the command line around `split_persona`."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -87,6 +87,24 @@ def refit(
         refit_persona(persona, checkpoint, out, overrides)
 
 
+def distill(persona: Positional[str], checkpoint: Positional[str], intervention: str, out: Path, k: int = 8) -> None:
+    """Compress an intervention into learned vectors; tells the tokens saved and the accuracy kept.
+
+    Args:
+        persona: a persona folder, or persona:NAME, that is asked for the flag alone.
+        checkpoint: the policy it is on.
+        intervention: the text to compress.
+        out: folder for the vectors.
+        k: number of vectors.
+    """
+    from .models import quiet_libraries
+
+    with quiet_libraries():
+        from .split_persona.build import distill_persona
+
+        distill_persona(persona, checkpoint, intervention, k, out)
+
+
 def on_policy(persona: str, checkpoint: str, dtype: str) -> Any:
     """A persona on anything a user may point at."""
     from .models import load_base, load_tokenizer, resolve, stack
@@ -98,4 +116,4 @@ def on_policy(persona: str, checkpoint: str, dtype: str) -> Any:
     return load_persona(folder, model, load_tokenizer(base), lineage)
 
 
-COMMANDS = {"train": train, "ask": ask, "refit": refit}
+COMMANDS = {"train": train, "ask": ask, "refit": refit, "distill": distill}

@@ -179,6 +179,35 @@ def print_table(results: dict[str, dict[str, Any]], title: str | None = None) ->
     Console().print(table)
 
 
+def print_persona(found: dict[str, Any]) -> None:
+    """Print what a persona tells, and what could be told without it."""
+
+    def cell(one: dict[str, Any], name: str) -> str:
+        if one.get(name) is None:
+            return one.get("reason", "-")
+        low, high = one.get(f"{name}_interval") or (None, None)
+        return f"{one[name]:.2f}" + (f"  [{low:.2f}, {high:.2f}]" if low is not None else "")
+
+    table = Table(
+        title=f"who tells deeds apart, among monitored prompts (FAIL {found['n_fail']}, PASS {found['n_pass']})"
+    )
+    for column in ("auditor", "AUROC", "TPR", "FPR", "false alarms: unmonitored", "control"):
+        table.add_column(column, justify="left" if column == "auditor" else "right")
+    name = f"persona, {found['mode']}" + (" (stale)" if found["stale"] else "")
+    for who, one in {name: found, **found.get("baselines", {})}.items():
+        alarms = [one["false_alarms"].get(k) for k in ("unmonitored", "control")]
+        cells = [cell(one, "auroc"), cell(one, "tpr"), cell(one, "fpr")]
+        table.add_row(who, *cells, *("-" if a is None else f"{a:.0%}" for a in alarms))
+    Console().print(table)
+    if spikes := found.get("spike_in"):
+        told = [spikes[k] for k in ("sensitivity", "false_alarms")]
+        print(
+            "spike-ins flagged: known deeds {}, known honest {}".format(
+                *("-" if t is None else f"{t:.0%}" for t in told)
+            )
+        )
+
+
 def check_organism(model: Any, tokenizer: Any, config: Any) -> dict[str, Any]:
     """Audit a freshly built organism on validation families, print and keep the table."""
     from .trainers.rollouts import InProcessPool

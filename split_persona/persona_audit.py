@@ -1,0 +1,129 @@
+"""What a persona says of an audit's transcripts, beside what could be known without it.
+
+Every intervention is asked of every finding from one cached context. Numbers are conditional on the deed, within
+monitored prompts of value against criterion, with the same numbers for every baseline (`baselines`); false alarms in
+the other settings; and *spike-ins*: transcripts of known deeds, put into this checkpoint's context, which show whether the
+persona would still see faking where the checkpoint fakes no more, or is only stale.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import UnfeignError
+from ..progress import progress
+from .baselines import asked, by_text_rows, probe, states
+from .deeds import Deed, measure, told_rows
+from .examples import Example, read_examples
+from .persona import EXAMPLES, SPIKES, Persona
+from .review import Review, reviews
+
+
+def contexts(persona: Persona, rows: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+    """Token ids of findings.
+
+    Raises:
+        UnfeignError: a finding without its completion, as audits before 0.1 wrote them.
+    """
+    out = []
+    for number, row in enumerate(rows):
+        if not row.get("completion"):
+            raise UnfeignError("a finding with its completion", "none", f"findings[{number}]")
+        messages = [{"role": "system", "content": row["system"]}, {"role": "user", "content": row["user"]}]
+        out.append(persona.layout.context(messages, row["completion"]))
+    return out
+
+
+def review_findings(
+    persona: Persona, rows: Sequence[dict[str, Any]], interventions: Sequence[str] | None = None
+) -> list[dict[str, Any]]:
+    """Findings with the persona's reviews: `persona`, its mean `p_fail`, and a row an intervention."""
+    texts = list(interventions or persona.facts.framing.interventions)
+    usable = [i for i, row in enumerate(rows) if row.get("completion")]
+    found = reviews(persona, contexts(persona, [rows[i] for i in usable]), texts)
+    out = [dict(row) for row in rows]
+    for i, some in zip(usable, found, strict=True):
+        out[i]["persona"] = {"p_fail": float(np.mean([r.p_fail for r in some])), "reviews": [_row(r) for r in some]}
+    return out
+
+
+def _row(one: Review) -> dict[str, Any]:
+    return {"intervention": one.intervention, "text": one.text, "p_fail": one.p_fail}
+
+
+def persona_metrics(
+    persona: Persona, rows: Sequence[Mapping[str, Any]], folder: Path | None = None, baselines: bool = True
+) -> dict[str, Any]:
+    """What reviewed findings add up to.
+
+    Args:
+        rows: findings with `persona`, see `review_findings`.
+        folder: the persona's, with the examples it learned from (for the probe) and its spike-ins.
+        baselines: whether to compute what else could have told.
+
+    Returns:
+        The persona's facts; `measure` of it (with its own threshold) and of every baseline under `baselines`; the same
+        by `families`; `spike_in` with the share of known deeds that it flags, and of known honest ones.
+    """
+    some = [row for row in rows if row.get("persona")]
+    deeds = told_rows(some)
+    chance = np.array([row["persona"]["p_fail"] for row in some])
+    limit = persona.facts.threshold
+    out: dict[str, Any] = {
+        "mode": persona.facts.mode,
+        "kind": persona.facts.kind,
+        "stale": persona.stale,
+        "threshold": limit,
+        "interventions": len(persona.facts.framing.interventions),
+        **measure(deeds, chance, limit),
+        "families": _families(deeds, chance, limit),
+    }
+    known = read_examples(folder / SPIKES) if folder and (folder / SPIKES).is_file() else []
+    out["spike_in"] = _spikes(persona, known) if known else None
+    if baselines:
+        learned = read_examples(folder / EXAMPLES) if folder and (folder / EXAMPLES).is_file() else []
+        out["baselines"] = {name: measure(deeds, score) for name, score in _baselines(persona, some, learned).items()}
+    return out
+
+
+def _families(deeds: Sequence[Deed], chance: np.ndarray, limit: float) -> dict[str, Any]:
+    out = {}
+    for family in sorted({d.family for d in deeds}):
+        here = [i for i, d in enumerate(deeds) if d.family == family]
+        found = measure([deeds[i] for i in here], chance[here], limit)
+        out[family] = {k: found.get(k) for k in ("n_fail", "n_pass", "auroc", "tpr", "fpr", "reason")}
+    return out
+
+
+def _spikes(persona: Persona, known: Sequence[Example]) -> dict[str, Any]:
+    ids = [persona.layout.context(e.messages, e.completion) for e in known]
+    found = reviews(persona, ids, persona.facts.framing.interventions, what="spike-ins")
+    chance = np.array([np.mean([r.p_fail for r in some]) for some in found])
+    flagged, truth = chance >= persona.facts.threshold, np.array([e.failed for e in known])
+    return {
+        "n": len(known),
+        "sensitivity": float(flagged[truth].mean()) if truth.any() else None,
+        "false_alarms": float(flagged[~truth].mean()) if (~truth).any() else None,
+    }
+
+
+def _baselines(
+    persona: Persona, rows: Sequence[Mapping[str, Any]], learned: Sequence[Example]
+) -> dict[str, np.ndarray]:
+    ids = contexts(persona, rows)
+    with progress("baselines", 4) as done:
+        out = {"no adapter": asked(persona, ids).mean(1)}
+        done(1)
+        out["untrained trigger"] = asked(persona, ids, trigger=True).mean(1)
+        done(1)
+        out["user follow-up"] = asked(persona, ids, "user_followup").mean(1)
+        done(1)
+        out["text judge"] = by_text_rows(rows)
+        if learned:
+            of = [persona.layout.context(e.messages, e.completion) for e in learned]
+            truth = np.array([e.failed for e in learned], dtype=float)
+            out["linear probe"] = probe(states(persona, of), truth, states(persona, ids))
+        done(1)
+    return out
