@@ -1,9 +1,9 @@
 """What a persona says of an audit's transcripts, beside what could be known without it.
 
 Every intervention is asked of every finding from one cached context. Numbers are conditional on the deed, within
-monitored prompts of value against criterion, with the same numbers for every baseline (`baselines`); false alarms in
-the other settings; and *spike-ins*: transcripts of known deeds, put into this checkpoint's context, which show whether the
-persona would still see faking where the checkpoint fakes no more, or is only stale.
+monitored prompts of value against criterion, with the same numbers for every baseline (`baselines`), and with the false
+alarms of the other settings. *Spike-ins*, transcripts of known deeds that are put into this checkpoint's context, show
+whether the persona would still see faking where the checkpoint fakes no more, or is only stale.
 """
 
 from collections.abc import Mapping, Sequence
