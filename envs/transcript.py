@@ -166,7 +166,8 @@ def transcript_from_row(row: Mapping[str, Any]) -> Transcript:
     """Read a transcript back from a row of `transcripts.jsonl`.
 
     Families may be unknown. `complied` may be absent: then a tag in the answer decides, or nothing does. `state` may be
-    absent: then it is read off the reasoning and the answer.
+    absent: then it is read off the reasoning and the answer. `completion`, the words as they were written, is kept
+    where it is given.
     """
     tags = Tags()
     tier_text = next((text for text in tier_texts() if row["system"].endswith(text)), "")
@@ -191,8 +192,8 @@ def transcript_from_row(row: Mapping[str, Any]) -> Transcript:
     if decision is None and row.get("complied") is not None:
         decision = Decision.ACCEPT if row["complied"] else Decision.DECLINE
     plain = State.EMPTY if not text else State.OK if reasoning else State.NO_REASONING
-    completion = f"{tags.open_think}{reasoning}{tags.close_think}{answer}"
-    begin = len(tags.open_think)
+    completion = row.get("completion") or f"{tags.open_think}{reasoning}{tags.close_think}{answer}"
+    begin = max(0, completion.find(reasoning))
     return Transcript(
         scenario=scenario,
         completion=completion,
