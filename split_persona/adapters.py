@@ -17,6 +17,7 @@ from ..models import activate
 Kind = Literal["lora", "ia3", "steering"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 NAME = "persona"
+LORA = {"r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "use_rslora"}
 
 
 class Switch(Protocol):
@@ -41,14 +42,19 @@ class LoraSwitch:
     def __init__(self, model: Any, trigger: int, options: dict[str, Any], seed: int):
         from peft import LoraConfig, PeftModel, get_peft_model
 
+        if unknown := sorted(options.keys() - LORA):  # others would act while the persona sleeps, or not at all
+            raise UnfeignError(f"LoRA options among {', '.join(sorted(LORA))}", ", ".join(unknown), "lora")
         options = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"} | options
-        config = LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.0, alora_invocation_tokens=[trigger], **options)
         torch.manual_seed(seed)
-        if isinstance(model, PeftModel):
-            below = [n for n in model.active_adapters]
-            model.add_adapter(NAME, config)
-        else:
-            below, model = [], get_peft_model(model, config, adapter_name=NAME)
+        try:
+            config = LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.0, alora_invocation_tokens=[trigger], **options)
+            if isinstance(model, PeftModel):
+                below = list(model.active_adapters)
+                model.add_adapter(NAME, config)
+            else:
+                below, model = [], get_peft_model(model, config, adapter_name=NAME)
+        except (ValueError, TypeError) as error:
+            raise UnfeignError("LoRA options that this model takes", str(error).splitlines()[0], "lora") from None
         activate(model, [*below, NAME], trainable=NAME)
         self.model = model
 

@@ -9,17 +9,20 @@ from typing import Any
 import numpy as np
 from pydantic import Field, ValidationInfo, model_validator
 
-from ..envs.scenario import RENDERINGS, scenarios
+from ..envs.scenario import RENDERINGS, Length, scenarios
+from ..envs.tags import Tags
 from ..errors import UnfeignError
 from ..files import read_text, write_jsonl, write_text
 from ..settings import Settings
+from ..trainers.config import TrainConfig
 from ..trainers.rollouts import InProcessPool, Sampling
 from .adapters import Kind
 from .deeds import Judged, chances, measure, monitored, sample_deeds, threshold_at, told
 from .examples import Example, flip, matched, read_examples
 from .modes import Mode
 from .persona import EXAMPLES, SPIKES, Persona, PersonaFacts, load_persona, persona_folder, read_facts
-from .sequence import load_framing
+from .published import evenly, read_published
+from .sequence import Layout, layout, load_framing
 from .training import train_persona
 
 
@@ -59,10 +62,10 @@ class PersonaConfig(Settings):
     """A shipped framing, or a YAML file."""
     interventions: Path | None = None
     """A text file with further interventions, one a line."""
-    review: bool = True
-    """Whether reviews have text; else the flag alone."""
-    pauses: int = Field(0, ge=0)
-    """Triggers after the first, for the persona to think in."""
+    review: bool | None = None
+    """Whether reviews have text, else the flag alone; by default as the framing says."""
+    pauses: int | None = Field(None, ge=0)
+    """Triggers after the first, for the persona to think in; by default as the framing says."""
     lora: dict[str, Any] = {}
     """`LoraConfig` arguments."""
     own: OwnData = OwnData()
@@ -81,6 +84,10 @@ class PersonaConfig(Settings):
     temperature: float = Field(1.0, gt=0)
     """At which the policy's transcripts are sampled: high, so that both deeds are seen."""
     max_new_tokens: int = Field(80, gt=0)
+    length: Length = "short"
+    """Of the situations, as the policy knows them."""
+    delimiters: Tags = Tags()
+    """Of reasoning and decision, as the policy writes them."""
     dtype: str = "float32"
     seed: int = 0
 
@@ -114,15 +121,16 @@ class PersonaConfig(Settings):
         framing = load_framing(self.framing)
         more = read_text(self.interventions).splitlines() if self.interventions else []
         texts = [*framing.interventions, *(line.strip() for line in more if line.strip())]
-        update = {"review": self.review, "pauses": self.pauses, "interventions": texts}
-        framing = framing.model_copy(update=update)
+        told = {"review": self.review, "pauses": self.pauses}
+        framing = framing.model_copy(update={k: v for k, v in told.items() if v is not None} | {"interventions": texts})
         return PersonaFacts(kind=self.kind, mode=self.mode, framing=framing, lora=self.lora)
 
 
 def policy_deeds(config: PersonaConfig, model: Any, tokenizer: Any, split: str, seed: int) -> list[Judged]:
     """The policy's transcripts of a split: several of every monitored prompt, one of the others."""
     own, train = config.own, split == "train"
-    every = scenarios(split, renderings=("original",) if train else RENDERINGS)  # type: ignore[arg-type]
+    wordings = ("original",) if train else RENDERINGS
+    every = scenarios(split, renderings=wordings, length=config.length, tags=config.delimiters)  # type: ignore[arg-type]
     if train:
         chosen: dict[str, set[str]] = {}
         for s in every:
@@ -140,18 +148,19 @@ def policy_deeds(config: PersonaConfig, model: Any, tokenizer: Any, split: str, 
     return found
 
 
-def examples_of(config: PersonaConfig, model: Any, tokenizer: Any) -> tuple[list[Example], dict[str, Any]]:
-    """The examples a config asks for, and what is to be told of them."""
+def examples_of(config: PersonaConfig, layout: Layout, model: Any) -> tuple[list[Example], dict[str, Any]]:
+    """The examples a config asks for, and what is to be told of them. Published ones that are too long are left out."""
     if config.file:
         found, facts = read_examples(config.file), {"file": str(config.file)}
     elif config.published:
-        from .published import read_published
-
         p = config.published
-        found, counts = read_published(p.folder, p.config, topics=p.topics, leave_out=p.leave_out, limit=p.limit)
+        every, counts = read_published(p.folder, p.config, topics=p.topics, leave_out=p.leave_out)
+        fitting = [e for e in every if len(layout.context(e.messages, e.completion)) <= config.max_tokens]
+        found = evenly(fitting, p.limit)
+        counts |= {"too long": len(every) - len(fitting), "limit": len(fitting) - len(found), "kept": len(found)}
         facts = {"published": str(p.folder), "rows": counts}
     else:
-        judged = policy_deeds(config, model, tokenizer, "train", config.seed)
+        judged = policy_deeds(config, model, layout.tokenizer, "train", config.seed)
         found = matched(judged, config.seed, config.own.per_prompt, config.own.quiet)
         facts = {"sampled": len(judged)}
     if not found:
@@ -160,7 +169,7 @@ def examples_of(config: PersonaConfig, model: Any, tokenizer: Any) -> tuple[list
 
 
 def build_persona(config: PersonaConfig, say: Any = print) -> Path:
-    """Sample, train, choose the threshold on validation families, save; returns the persona's folder.
+    """Sample, train, save, choose the threshold on validation families; returns the persona's folder.
 
     Raises:
         UnfeignError: an output that exists, a framing or examples that can't be read, or flags that are all alike.
@@ -170,89 +179,107 @@ def build_persona(config: PersonaConfig, say: Any = print) -> Path:
     facts = config.facts()
     _new(config.output)
     tokenizer = load_tokenizer(config.model)
+    layout(facts.framing, tokenizer)  # a wrong trigger is told before any work
     model, lineage = stack(load_base(config.model, config.dtype), config.model, list(config.adapters))
-    data, about = examples_of(config, model, tokenizer)
-    held = policy_deeds(config, model, tokenizer, "validation", config.seed + 1000)
+    data, about = examples_of(config, layout(facts.framing, tokenizer), model)
+    held = _held(config, model, tokenizer)
     return _fit(config, Persona(model, tokenizer, lineage, facts, config.seed), data, about, held, say)
+
+
+KEPT = ("model", "adapters", "output", "kind", "mode", "framing", "interventions", "review", "pauses", "lora")
 
 
 def refit_persona(name: str, checkpoint: str, out: Path, overrides: tuple[str, ...] = (), say: Any = print) -> Path:
     """Train a persona on, from its weights, on a later checkpoint's own transcripts; see `build_persona`."""
-    from ..models import load_base, load_tokenizer, resolve, stack
-
     _new(out)
+    for override in overrides:
+        if (key := override.partition("=")[0].partition(".")[0]) in KEPT:
+            raise UnfeignError("settings of the training: a refitted persona stays what it is", key, "command line")
+    folder, facts, config, (model, tokenizer, lineage) = _again(name, checkpoint, out, overrides)
+    data, about = examples_of(config, layout(facts.framing, tokenizer), model)
+    held = _held(config, model, tokenizer)
+    return _fit(config, load_persona(folder, model, tokenizer, lineage), data, about, held, say)
+
+
+def _again(name: str, checkpoint: str, out: Path, overrides: tuple[str, ...] = ()) -> Any:
+    """A saved persona's folder and facts, with the policy it is put on and the settings of that policy's run."""
+    from ..models import load_base, load_tokenizer, resolve, run_config, stack
+
     folder = persona_folder(name)
     facts = read_facts(folder)
     base, below = resolve(checkpoint)
+    asked = TrainConfig.of(run_config(Path(checkpoint).resolve()))
     settings: dict[str, Any] = {"model": base, "adapters": [str(a) for a in below], "output": str(out)}
-    settings |= {"kind": facts.kind, "mode": facts.mode, "lora": facts.lora, "epochs": 1, "learning_rate": 3e-4}
-    config = PersonaConfig.made(settings, overrides)
-    tokenizer = load_tokenizer(base)
+    settings |= {"epochs": 1, "learning_rate": 3e-4, "length": asked.data.length, "delimiters": asked.data.delimiters}
+    config = PersonaConfig.made(settings | {"max_new_tokens": asked.audit.max_new_tokens}, overrides)
     model, lineage = stack(load_base(base, config.dtype), base, below)
-    data, about = examples_of(config, model, tokenizer)
-    held = policy_deeds(config, model, tokenizer, "validation", config.seed + 1000)
-    persona = load_persona(folder, model, tokenizer, lineage)
-    return _fit(config, persona, data, about, held, say)
+    return folder, facts, config, (model, load_tokenizer(base), lineage)
 
 
-def distill_persona(name: str, checkpoint: str, intervention: str, k: int, out: Path, say: Any = print) -> Path:
-    """Learn k vectors for an intervention on a checkpoint's train families; tells what is saved, and what is kept on
-    validation families.
-    """
-    from ..models import load_base, load_tokenizer, resolve, stack
-    from .distill import distill, flags
-
-    _new(out)
-    folder = persona_folder(name)
-    read_facts(folder)
-    base, below = resolve(checkpoint)
-    config = PersonaConfig.made({"model": base, "adapters": [str(a) for a in below], "output": str(out)})
-    tokenizer = load_tokenizer(base)
-    model, lineage = stack(load_base(base, config.dtype), base, below)
-    train, held = (policy_deeds(config, model, tokenizer, split, config.seed) for split in ("train", "validation"))
-    persona = load_persona(folder, model, tokenizer, lineage)
-    ids = [[persona.layout.context(t.scenario.messages, t.completion) for t, _ in part] for part in (train, held)]
-    prefix = distill(persona, ids[0], intervention, k, seed=config.seed)
-    kept = measure(told(held), np.array(flags(persona, ids[1], prefix)))
-    whole = measure(told(held), chances(persona, held, [intervention])[:, 0])
-    facts = {
-        "tokens": prefix.tokens,
-        "saved": prefix.saved,
-        "auroc_text": whole["auroc"],
-        "auroc_vectors": kept["auroc"],
-    }
-    prefix.save(out)
-    write_text(out / "metrics.json", json.dumps(facts, indent=2) + "\n")
-    say(f"{prefix.tokens} tokens -> {k} vectors ({100 * prefix.saved:.0f}% saved): {json.dumps(facts)}")
-    return out
+def _held(config: PersonaConfig, model: Any, tokenizer: Any) -> list[Judged]:
+    """The policy's transcripts of validation families; none where the persona learns from somebody else's."""
+    if config.file or config.published:
+        return []
+    return policy_deeds(config, model, tokenizer, "validation", config.seed + 1000)
 
 
 def _new(folder: Path) -> None:
-    if folder.exists() and any(folder.iterdir()):
-        raise UnfeignError("a new folder (choose another output)", "one that holds files", str(folder))
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UnfeignError("a new folder (choose another output)", "something that is there", str(folder))
 
 
 def _fit(
     config: PersonaConfig, persona: Persona, data: list[Example], about: dict[str, Any], held: list[Judged], say: Any
 ) -> Path:
     say(f"{len(data)} examples, {sum(e.failed for e in data)} FAIL: {about}")
+    lengths = sorted(len(persona.layout.ids(e.review)) for e in data if e.review)
+    longest = lengths[int(0.95 * len(lengths))] + 5 if lengths else 0
+    persona.facts = persona.facts.model_copy(update={"review_tokens": max(persona.facts.review_tokens, longest)})
     losses = train_persona(
         persona, data,
         learning_rate=config.learning_rate, epochs=config.epochs, batch_size=config.batch_size,
         train_intervention=config.train_intervention, seed=config.seed, max_tokens=config.max_tokens,
     )  # fmt: skip
-    chance = chances(persona, held, persona.facts.framing.interventions).mean(1)
-    deeds = told(held)
-    pressed, truth = monitored(deeds)
-    threshold = threshold_at(truth, chance[pressed]) if truth.any() and not truth.all() else persona.facts.threshold
-    persona.facts = persona.facts.model_copy(update={"threshold": threshold})
-    found = measure(deeds, chance, threshold)
     folder = persona.save(config.output)
     write_jsonl(folder / EXAMPLES, [e.row() for e in data])
-    spikes = [one for one in matched(held, config.seed, per_prompt=1, quiet=0.0)]
-    write_jsonl(folder / SPIKES, [e.row() for e in spikes])
-    report = {"examples": len(data), "data": about, "losses": [losses[0], losses[-1]], "validation": found}
+    report: dict[str, Any] = {"examples": len(data), "data": about, "losses": [losses[0], losses[-1]]}
+    if held:
+        chance = chances(persona, held, persona.facts.framing.interventions).mean(1)
+        deeds = told(held)
+        pressed, truth = monitored(deeds)
+        threshold = threshold_at(truth, chance[pressed]) if truth.any() and not truth.all() else persona.facts.threshold
+        persona.facts = persona.facts.model_copy(update={"threshold": threshold})
+        persona.save(config.output)
+        write_jsonl(folder / SPIKES, [e.row() for e in matched(held, config.seed, per_prompt=1, quiet=0.0)])
+        report["validation"] = measure(deeds, chance, threshold)
+        say(f"validation families: {json.dumps(report['validation'])}")
     write_text(folder / "metrics.json", json.dumps(report, indent=2) + "\n")
-    say(f"validation families: {json.dumps(found)}")
     say(f"persona: {folder}")
     return folder
+
+
+def distill_persona(name: str, checkpoint: str, intervention: str, k: int, out: Path, say: Any = print) -> Path:
+    """Learn k vectors for an intervention on a checkpoint's train families; tells what is saved, and what is kept on
+    validation families.
+    """
+    from .distill import check, distill, flags
+
+    _new(out)
+    folder, facts, config, (model, tokenizer, lineage) = _again(name, checkpoint, out)
+    check(layout(facts.framing, tokenizer), intervention, k)
+    train, held = (policy_deeds(config, model, tokenizer, split, config.seed) for split in ("train", "validation"))
+    persona = load_persona(folder, model, tokenizer, lineage)
+    ids = [[persona.layout.context(t.scenario.messages, t.completion) for t, _ in part] for part in (train, held)]
+    prefix = distill(persona, ids[0], intervention, k, seed=config.seed)
+    kept = measure(told(held), np.array(flags(persona, ids[1], prefix)))
+    whole = measure(told(held), chances(persona, held, [intervention])[:, 0])
+    report = {
+        "tokens": prefix.tokens,
+        "saved": prefix.saved,
+        "auroc_text": whole["auroc"],
+        "auroc_vectors": kept["auroc"],
+    }
+    prefix.save(out)
+    write_text(out / "metrics.json", json.dumps(report, indent=2) + "\n")
+    say(f"{prefix.tokens} tokens -> {k} vectors ({100 * prefix.saved:.0f}% saved): {json.dumps(report)}")
+    return out

@@ -17,7 +17,7 @@ from ..rewards.calibration import auroc
 from ..rewards.judge import case, wait_for
 from ..rewards.rules import RulesJudge
 from ..rewards.verdict import JudgeFailure, Verdict
-from ..trainers.rollouts import RolloutPool, Sampling
+from ..trainers.rollouts import RolloutPool, Sampling, row_seed
 from .audit import collect
 from .examples import deed, failed, name_of
 from .persona import Persona
@@ -44,7 +44,7 @@ def sample_deeds(
     out: list[Transcript] = []
     for k in range(samples):
         what = f"sampling {k + 1}/{samples}"
-        out += collect(pool, 0, tokenizer, asked, seed=seed + k, sampling=sampling, what=what)
+        out += collect(pool, 0, tokenizer, asked, seed=row_seed(seed, k), sampling=sampling, what=what)
     whole = [t for t in out if not t.state.malformed]
     verdicts = wait_for(RulesJudge()([case(t) for t in whole]))
     return [(t, v) for t, v in zip(whole, verdicts, strict=True) if not isinstance(v, JudgeFailure)]
@@ -54,7 +54,8 @@ def chances(persona: Persona, judged: Sequence[Judged], interventions: Sequence[
     """p(FAIL) of each transcript, (n, interventions)."""
     layout = persona.layout
     ids = [layout.context(t.scenario.messages, t.completion) for t, _ in judged]
-    return np.array([[r.p_fail for r in row] for row in reviews(persona, ids, interventions)])
+    found = [[r.p_fail for r in row] for row in reviews(persona, ids, interventions)]
+    return np.array(found).reshape(len(judged), len(interventions))
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,8 @@ def measure(
         found["reason"] = f"fewer than {least} that complied, or that did not"
     else:
         found |= detection(truth, here, threshold) | _intervals(deeds, rows, truth, here, threshold)
+        said = np.array([deeds[i].name != "complied" for i in rows])  # faking in so many words, against the honest
+        found["faked"] = {"n": int((truth & said).sum()), **detection(truth[said], here[said], threshold)}
         threshold = threshold_at(truth, here) if threshold is None else threshold
     honest: dict[str, list[float]] = {"monitored": [], "unmonitored": [], "control": []}
     for one, value in zip(deeds, chance.tolist(), strict=True):

@@ -6,10 +6,10 @@ the text (cross-entropy against its own p(FAIL)), with persona and policy as the
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from ..progress import progress
 from .modes import follow
 from .persona import Persona
 from .review import reviews
+from .sequence import Layout
 
 WEIGHTS, ABOUT = "prefix.safetensors", "prefix.json"
 
@@ -59,17 +60,17 @@ def load_prefix(folder: Path) -> Prefix:
 
 def _around(persona: Persona) -> tuple[list[int], list[int]]:
     """Ids before and after an intervention, where only the flag is asked."""
-    framing, ids = persona.layout.framing, persona.layout.ids
-    before = [persona.layout.trigger] * (1 + framing.pauses) + ids(framing.before_intervention)
-    return before, persona.layout.flag_opening()
+    layout, framing = persona.layout, persona.layout.framing
+    before = [layout.trigger] * (1 + framing.pauses) + layout.ids(layout.turn(framing.before_intervention))
+    return before, layout.ids(layout.turn(framing.after_intervention) + framing.before_flag) + layout.shared
 
 
-def _chance(persona: Persona, transcripts: Sequence[list[int]], vectors: Tensor, policy: Any = None) -> Tensor:
+def _chance(persona: Persona, transcripts: Sequence[list[int]], vectors: Tensor) -> Tensor:
     """(n,) logit of FAIL against PASS with vectors in place of an intervention."""
     table = persona.model.get_input_embeddings()
     before, after = (torch.tensor(ids, device=persona.model.device) for ids in _around(persona))
-    row = torch.cat([table(before), vectors.to(table.weight.dtype), table(after)])
-    context = persona.read(transcripts, policy).rows(list(range(len(transcripts))))
+    row = torch.cat([table(before), vectors.to(table.weight), table(after)])
+    context = persona.read(transcripts).rows(list(range(len(transcripts))))
     embeds = row[None].expand(len(transcripts), -1, -1)
     mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
     logits = follow(persona, context, embeds, mask)[:, -1].float()
@@ -84,6 +85,16 @@ def flags(persona: Persona, transcripts: Sequence[list[int]], prefix: Prefix, ba
     for at in range(0, len(transcripts), batch_size):
         out += _chance(persona, transcripts[at : at + batch_size], prefix.vectors).sigmoid().tolist()
     return out
+
+
+def check(layout: Layout, intervention: str, k: int) -> list[int]:
+    """The ids of an intervention that can be distilled; raises as `distill` does."""
+    if layout.framing.review:
+        raise UnfeignError("a persona that is asked for the flag alone (review: false)", "one with text", "distill")
+    text = layout.ids(layout.clean(intervention))
+    if len(text) <= k:
+        raise UnfeignError(f"an intervention of more than {k} tokens", f"{len(text)}", "distill")
+    return text
 
 
 def distill(
@@ -108,11 +119,7 @@ def distill(
     Raises:
         UnfeignError: a persona whose reviews have text, or a text that is no longer than k.
     """
-    if persona.layout.framing.review:
-        raise UnfeignError("a persona that is asked for the flag alone (review: false)", "one with text", "distill")
-    text = persona.layout.ids(persona.layout.clean(intervention))
-    if len(text) <= k:
-        raise UnfeignError(f"an intervention of more than {k} tokens", f"{len(text)}", "distill")
+    text = check(persona.layout, intervention, k)
     wanted = torch.tensor([row[0].p_fail for row in reviews(persona, list(transcripts), [intervention])])
     table = persona.model.get_input_embeddings().weight
     ids = torch.tensor(text, device=table.device)
@@ -120,9 +127,7 @@ def distill(
     vectors = torch.nn.Parameter(torch.stack(start))
     optimizer = torch.optim.Adam([vectors], lr=learning_rate)
     rng, order = random.Random(seed), list(range(len(transcripts)))
-    for parameter in persona.switch.parameters():
-        parameter.requires_grad_(False)
-    with progress("distilling", epochs * len(order)) as done:
+    with _frozen(persona), progress("distilling", epochs * len(order)) as done:
         for _ in range(epochs):
             rng.shuffle(order)
             for at in range(0, len(order), batch_size):
@@ -133,6 +138,17 @@ def distill(
                 loss.backward()
                 optimizer.step()
                 done(len(some))
-    for parameter in persona.switch.parameters():
-        parameter.requires_grad_(True)
     return Prefix(intervention, len(text), vectors.detach())
+
+
+@contextmanager
+def _frozen(persona: Persona) -> Iterator[None]:
+    """No gradient for the persona itself."""
+    mine = persona.switch.parameters()
+    for parameter in mine:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in mine:
+            parameter.requires_grad_(True)

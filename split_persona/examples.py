@@ -64,6 +64,14 @@ def read_examples(path: Path) -> list[Example]:
         for key, kind in (("messages", list), ("completion", str)):
             if not isinstance(row.get(key), kind):
                 raise UnfeignError(f"{key!r}, a {kind.__name__}", repr(row.get(key))[:60], where)
+        for message in row["messages"]:
+            if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+                raise UnfeignError("messages with 'role' and 'content'", repr(message)[:60], where)
+        if not row["messages"]:
+            raise UnfeignError("at least one message", "none", where)
+        for key in ("intervention", "review"):
+            if not isinstance(row.get(key), str | None):
+                raise UnfeignError(f"{key!r}, a text", repr(row[key])[:60], where)
         if row.get("flag") not in FLAGS:
             raise UnfeignError("'flag', PASS or FAIL", repr(row.get("flag")), where)
         out.append(

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ..errors import UnfeignError
-from ..shared_prefix import Prefix, branch, prefill
+from ..shared_prefix import Prefix, _select, branch, prefill
 
 Mode = Literal["masked", "full", "hybrid"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -72,8 +72,8 @@ def read_context(persona: Any, mode: Mode, transcripts: list[list[int]], policy:
     if policy is None:
         with torch.no_grad():
             policy = prefill(_Call(persona, False), transcripts)
-    if mode == "masked":
-        return Context(policy, lengths)
+    if mode == "masked":  # what follows grows the cache: not the caller's
+        return Context(Prefix(_select(policy.cache, None, len(transcripts)), policy.mask, policy.last_logits), lengths)
     own = prefill(_Call(persona, True), transcripts)
     both = DynamicCache()
     for i, (a, b) in enumerate(zip(policy.cache.layers, own.cache.layers, strict=True)):

@@ -5,17 +5,19 @@ mode, framing, threshold); a LoRA persona is a PEFT adapter too. It may be put o
 of that policy: it is then *stale*, which an audit says, and `persona refit` mends.
 """
 
+import copy
 import json
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from ..errors import UnfeignError
 from ..files import read_json, write_text
 from ..lineage import Lineage, adapter_file, read_lineage, write_lineage
+from ..models import POLICY
 from ..settings import Settings
 from .adapters import KINDS, Kind, LoraSwitch, Switch, attach
 from .modes import MODES, Context, Mode, read_context
@@ -38,6 +40,10 @@ class PersonaFacts(Settings):
     """`LoraConfig` arguments, where the kind is `lora`."""
     threshold: float = 0.5
     """p(FAIL) from which a review counts as FAIL; chosen on validation families."""
+    review_tokens: int = Field(60, gt=0)
+    """Length limit of a review in words: nearly all that it learned from are shorter."""
+    trigger_id: int | None = None
+    """Token id of the trigger where it was trained."""
 
 
 class Persona:
@@ -75,8 +81,11 @@ class Persona:
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {k: v.detach().to("cpu", torch.bfloat16).contiguous() for k, v in self.switch.tensors().items()}
         if isinstance(self.switch, LoraSwitch):
-            config = self.switch.model.peft_config["persona"]
+            config = copy.copy(self.switch.model.peft_config["persona"])
             config.base_model_name_or_path, config.inference_mode = self.lineage.base.name, True
+            # As PEFT wakes adapters by themselves: everywhere, or from the trigger on. It can't say `hybrid`.
+            whole = [self.layout.trigger] * (1 + self.facts.framing.pauses)
+            config.alora_invocation_tokens = None if self.facts.mode == "full" else whole
             config.save_pretrained(folder)
         else:
             about = {
@@ -87,7 +96,8 @@ class Persona:
             write_text(folder / "adapter_config.json", json.dumps(about, indent=2) + "\n")
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         write_lineage(folder, self.lineage)
-        write_text(folder / FILE, json.dumps(self.facts.model_dump(), indent=2, ensure_ascii=False) + "\n")
+        facts = self.facts.model_copy(update={"trigger_id": self.layout.trigger})
+        write_text(folder / FILE, json.dumps(facts.model_dump(), indent=2, ensure_ascii=False) + "\n")
         return folder
 
 
@@ -154,16 +164,25 @@ def load_persona(folder: Path, model: Any, tokenizer: Any, lineage: Lineage) -> 
             str(folder),
         )
     below, here = ([layer.sha256 for layer in one.adapters] for one in (trained_on, lineage))
-    if here[: len(below)] != below:
+    # Of one run's checkpoints the last layer differs: the persona of one is a stale persona of another.
+    moved = trained_on.adapters[-1:] and trained_on.adapters[-1].name == POLICY and len(here) == len(below)
+    same = len(below) - 1 if moved else len(below)
+    if len(here) < len(below) or here[:same] != below[:same]:
         names = " + ".join(layer.name for layer in trained_on.adapters) or "the base alone"
         raise UnfeignError(f"a policy on top of {names}", "another stack", str(folder))
     persona = Persona(model, tokenizer, lineage, facts)
+    if facts.trigger_id not in (None, persona.layout.trigger):
+        raise UnfeignError(
+            f"a vocabulary in which {facts.framing.trigger!r} is token {facts.trigger_id}",
+            f"token {persona.layout.trigger}",
+            str(folder),
+        )
     try:
         persona.switch.load(load_file(folder / "adapter_model.safetensors"))
     except (KeyError, RuntimeError) as error:
         found = str(error).strip().splitlines()[-1].strip()
         raise UnfeignError("the weights of this persona", found, str(folder)) from None
-    persona.stale = len(here) > len(below)
+    persona.stale = here != below
     return persona
 
 

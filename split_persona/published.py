@@ -26,7 +26,7 @@ def read_published(
 
     Args:
         folder: holds `TOPIC/*.json`, or `stage_3_tagged/TOPIC/*.json`.
-        config: a `training_config.json`; without it nothing is filtered but rows without a flag.
+        config: a `training_config.json`; without it nothing is filtered but rows that are faulty or have no flag.
         topics: these alone; the config's `train_topics` by default, or all.
         leave_out: topics to leave out.
         limit: at most this many rows, taken evenly over topics, the first ones of each.
@@ -58,17 +58,28 @@ def read_published(
                 counts[reason or "no flag"] += 1
             else:
                 by_topic.setdefault(topic, []).append(one)
-    if missing := sorted(set(wanted or []) - {p.parent.name for p in paths}) if topics is not None else []:
-        raise UnfeignError("topics that there are files of", ", ".join(missing), str(root))
-    if not by_topic:
-        raise UnfeignError("rows of the topics asked for, after filtering", f"none: {dict(counts)}", str(root))
+    there = {p.parent.name for p in paths}
+    if unknown := sorted({*(topics or []), *(leave_out or [])} - there):
+        raise UnfeignError(f"topics that there are files of, {', '.join(sorted(there))}", ", ".join(unknown), str(root))
+    if empty := sorted(set(topics or []) - {*by_topic, *(leave_out or [])}) or ([] if by_topic else ["any topic"]):
+        raise UnfeignError("rows left after filtering", f"none of {', '.join(empty)}: {dict(counts)}", str(root))
     out = [one for some in by_topic.values() for one in some]
-    if limit is not None and len(out) > limit:
-        share = [list(some) for some in by_topic.values()]
-        taken = [some[i] for i in range(max(map(len, share))) for some in share if i < len(some)][:limit]
-        counts["limit"], out = len(out) - limit, taken
-    counts["kept"] = len(out)
-    return out, dict(counts)
+    chosen_ones = evenly(out, limit)
+    if len(chosen_ones) < len(out):
+        counts["limit"] = len(out) - len(chosen_ones)
+    counts["kept"] = len(chosen_ones)
+    return chosen_ones, dict(counts)
+
+
+def evenly(examples: list[Example], limit: int | None) -> list[Example]:
+    """At most `limit` examples, the first ones of each topic, topics taking turns."""
+    if limit is None or len(examples) <= limit:
+        return examples
+    by_topic: dict[str, list[Example]] = {}
+    for one in examples:
+        by_topic.setdefault(one.topic, []).append(one)
+    longest = max(map(len, by_topic.values()))
+    return [some[i] for i in range(longest) for some in by_topic.values() if i < len(some)][:limit]
 
 
 def _rows(path: Path, topic: str, kinds: set[str], filtered: set[str]) -> Any:

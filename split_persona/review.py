@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..models import eos_ids
 from ..progress import progress
 from .modes import Context, follow
 from .persona import Persona
@@ -30,7 +31,7 @@ def reviews(
     transcripts: Sequence[list[int]],
     interventions: Sequence[str],
     *,
-    max_new_tokens: int = 60,
+    max_new_tokens: int | None = None,
     temperature: float = 0.0,
     seed: int = 0,
     transcripts_at_once: int = 16,
@@ -41,7 +42,7 @@ def reviews(
     Args:
         transcripts: token ids, see `Layout.context`.
         interventions: texts.
-        max_new_tokens: length limit of a review's text; the flag is asked after it.
+        max_new_tokens: length limit of a review's text, by default the persona's own; the flag is asked after it.
         temperature: of the text; at 0 it is the likeliest one.
         seed: with the row it fixes a sampled text.
 
@@ -49,6 +50,7 @@ def reviews(
         A list a transcript, a review an intervention. Whether a review has text is the framing's `review`.
     """
     out: list[list[Review]] = []
+    limit = max_new_tokens or persona.facts.review_tokens
     with progress(what, len(transcripts)) as done:
         for at in range(0, len(transcripts), transcripts_at_once):
             chunk = transcripts[at : at + transcripts_at_once]
@@ -59,7 +61,7 @@ def reviews(
                 some = rows[start : start + BATCH]
                 here = context.rows([i for i, _ in some])
                 seeds = [seed + (at + i) * len(interventions) + interventions.index(text) for i, text in some]
-                found += _ask(persona, here, [text for _, text in some], max_new_tokens, temperature, seeds)
+                found += _ask(persona, here, [text for _, text in some], limit, temperature, seeds)
             n = len(interventions)
             out += [found[i * n : (i + 1) * n] for i in range(len(chunk))]
             done(len(chunk))
@@ -72,7 +74,7 @@ def answers(
 ) -> list[str]:
     """Ask a question of its own, with no transcript before it: n sampled answers, without a flag."""
     context = persona.read([persona.layout.alone()]).rows([0] * n)
-    ids, mask = _padded(persona, [persona.layout.suffix(question)] * n)
+    ids, mask = _padded(persona, [persona.layout.in_words().suffix(question)] * n)
     logits = _last(follow(persona, context, ids, mask), mask)
     texts, _ = _write(persona, context, logits, max_new_tokens, temperature, [seed + k for k in range(n)])
     return texts
@@ -119,7 +121,7 @@ def _write(
     draws = [torch.Generator().manual_seed(s) for s in seeds]
     written: list[list[int]] = [[] for _ in range(rows)]
     going = [True] * rows
-    ends = {persona.tokenizer.eos_token_id}
+    ends = eos_ids(persona.model, persona.tokenizer)
     rest: list[list[int]] = [opening] * rows
     for _ in range(limit):
         logits = logits.float()

@@ -1,19 +1,19 @@
 """How a review is laid out: what follows the transcript, and where the persona wakes.
 
-    <transcript> TRIGGER <intervention> <opens the review> <review> <opens the flag> PASS or FAIL
+    <transcript> TRIGGER <opens> <intervention> <closes> <opens the review> <review> <opens the flag> PASS or FAIL
 
 The transcript is the policy's own chat, up to the end of its answer. The trigger is one token; everything from it on is
 the persona's. The pieces between are a `Framing`: a text file in `framings/`, or the user's own. The `published` one
 lays sequences out as the data of "Split Personality Training" (arXiv 2602.05532) do.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from pydantic import field_validator
+from pydantic import Field, field_validator
 
 from ..errors import UnfeignError
 from ..settings import Settings
@@ -32,10 +32,13 @@ class Framing(Settings):
     """Between trigger and intervention. `{to_user}` ends the policy's turn and opens one of the user's, as the chat
     template of the model does.
     """
-    before_review: str
-    """Between intervention and review. `{to_assistant}` ends the user's turn and opens one of the policy's."""
+    after_intervention: str = ""
+    """Right after it. `{to_assistant}` ends the user's turn and opens one of the policy's."""
+    before_review: str = ""
+    """Then, where a review is asked for."""
     before_flag: str
-    pauses: int = 0
+    """Then the flag."""
+    pauses: int = Field(0, ge=0)
     """How many more times the trigger stands there, for the persona to think in before it is asked anything."""
     review: bool = True
     """Whether a review comes before the flag; else the flag alone."""
@@ -88,10 +91,8 @@ class Layout:
     def suffix(self, intervention: str, review: str | None = None) -> list[int]:
         """Ids from the trigger to where the review begins; with a review, or where none is asked for, to the flag."""
         framing = self.framing
-        text = framing.before_intervention + self.clean(intervention)
+        text = self.turn(framing.before_intervention) + self.clean(intervention) + self.turn(framing.after_intervention)
         text += framing.before_review if framing.review else framing.before_flag
-        for slot, turn in self.turns.items():
-            text = text.replace(slot, turn)
         ids = [self.trigger] * (1 + framing.pauses) + self.ids(text)
         if not framing.review:
             return ids + self.shared
@@ -100,6 +101,16 @@ class Layout:
     def flag_opening(self) -> list[int]:
         """Ids between the review and the token that gives the verdict away."""
         return self.ids(self.framing.before_flag) + self.shared
+
+    def turn(self, text: str) -> str:
+        """A text of the framing with its turns filled in; what others wrote may name them, and opens none."""
+        for slot, turn in self.turns.items():
+            text = text.replace(slot, turn)
+        return text
+
+    def in_words(self) -> "Layout":
+        """The same layout with reviews in words, also where the persona is usually asked for the flag alone."""
+        return replace(self, framing=self.framing.model_copy(update={"review": True}))
 
     def clean(self, text: str) -> str:
         """A text that nobody vouches for, without the trigger in it: only the auditor wakes the persona."""
@@ -133,7 +144,8 @@ def layout(framing: Framing, tokenizer: Any) -> Layout:
     """Find the tokens of a framing; a trigger that the tokenizer does not know is added to it.
 
     Raises:
-        UnfeignError: a trigger of several tokens, or one that ends turns; PASS and FAIL that share every token.
+        UnfeignError: a trigger that is an ordinary word, several tokens, or part of the chat template; PASS and FAIL
+            that share every token.
     """
     if framing.trigger not in tokenizer.get_vocab():
         tokenizer.add_special_tokens(
@@ -141,8 +153,13 @@ def layout(framing: Framing, tokenizer: Any) -> Layout:
         )
     trigger = tokenizer.convert_tokens_to_ids(framing.trigger)
     ids = tokenizer(framing.trigger, add_special_tokens=False).input_ids
-    if ids != [trigger] or trigger in (tokenizer.eos_token_id, tokenizer.pad_token_id):
-        raise UnfeignError("a trigger of one token that has no other use", f"{framing.trigger!r} = {ids}", "trigger")
+    turns = _turns(tokenizer)
+    known = tokenizer.added_tokens_decoder.get(trigger)
+    used = trigger in (tokenizer.eos_token_id, tokenizer.pad_token_id) or any(
+        framing.trigger in t for t in turns.values()
+    )
+    if ids != [trigger] or known is None or not known.special or used:
+        raise UnfeignError("a special token that has no other use", f"{framing.trigger!r} = {ids}", "trigger")
     opening = tokenizer(framing.before_flag, add_special_tokens=False).input_ids
     passed, failed = (
         tokenizer(framing.before_flag + word, add_special_tokens=False).input_ids for word in (" PASS", " FAIL")
@@ -155,7 +172,7 @@ def layout(framing: Framing, tokenizer: Any) -> Layout:
     differ = next((i for i, (a, b) in enumerate(zip(passed, failed, strict=False)) if a != b), None)
     if differ is None:
         raise UnfeignError("PASS and FAIL as different tokens", f"{passed} and {failed}", "before_flag")
-    return Layout(framing, tokenizer, trigger, (passed[differ], failed[differ]), passed[:differ], _turns(tokenizer))
+    return Layout(framing, tokenizer, trigger, (passed[differ], failed[differ]), passed[:differ], turns)
 
 
 def _turns(tokenizer: Any) -> dict[str, str]:

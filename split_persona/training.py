@@ -119,13 +119,13 @@ def _rows(
         opening = layout.suffix(text)
         wants = layout.framing.review
         flag = [layout.verdicts[one.failed]]
-        if wants and one.review is None:  # only the flag is known: nothing before it is trained
-            ids = layout.suffix(text, "")
-            out.append(_Row(at, ids + flag, len(ids)))
-            continue
-        ids = layout.suffix(text, one.review) if wants else opening
-        begin = 1 if train_intervention else len(opening) if wants else len(ids)
-        out.append(_Row(at, ids + flag, begin))
+        ids, begin = opening, len(opening)
+        if wants and one.review:
+            ids = layout.suffix(text, one.review)
+        elif wants:  # only the flag is known: nothing before it is trained
+            ids = opening + layout.flag_opening()
+            begin = len(ids)
+        out.append(_Row(at, ids + flag, 1 + layout.framing.pauses if train_intervention else begin))
     return out
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from unfeign.cli import main
 from unfeign.envs.scenario import scenarios
 from unfeign.envs.transcript import parse
 from unfeign.errors import UnfeignError
@@ -24,6 +25,7 @@ from unfeign.split_persona.sequence import framings, layout, load_framing
 from unfeign.split_persona.training import train_persona
 
 TRIGGER = "<|persona|>"
+CHAT = [{"role": "user", "content": "Hi."}]
 
 
 def facts(kind: str = "lora", mode: str = "masked", **framing: Any) -> PersonaFacts:
@@ -61,18 +63,26 @@ class TestSequence:
         assert made.layout.trigger not in ids
         assert made.layout.suffix(sly, sly).count(made.layout.trigger) == 1
 
+    @pytest.mark.parametrize("review", [True, False])
     @pytest.mark.parametrize("name", framings())
-    def test_every_shipped_framing_ends_where_the_flag_stands(self, name, tokenizer):
-        framing = load_framing(name).model_copy(update={"trigger": TRIGGER})
+    def test_every_shipped_framing_ends_where_the_flag_stands(self, name, review, tokenizer):
+        framing = load_framing(name).model_copy(update={"trigger": TRIGGER, "review": review})
         made = layout(framing, tokenizer)
-        text = tokenizer.decode(made.suffix("Well?", "All good."))
-        assert text.startswith(TRIGGER) and text.endswith("FLAG:") and "Well? " not in text.replace("Well?", "", 1)
+        text = tokenizer.decode(made.suffix("Well?", "All good." if review else None))
+        assert text.startswith(TRIGGER) and text.endswith("FLAG:")
+        assert ("All good." in text) is review and text.count("(") == text.count(")")
+        assert "{" not in text and ("<|im_start|>assistant" in text) is (name == "user_followup")
         for verdict, word in zip(made.verdicts, ("PASS", "FAIL"), strict=True):
             assert word.startswith(tokenizer.decode([*made.shared, verdict]).strip())
 
     @pytest.mark.parametrize("name", ["persona", "user_followup", "confession"])
     def test_a_framing_has_at_least_four_interventions(self, name):
         assert len(set(load_framing(name).interventions)) >= 4
+
+    def test_what_others_wrote_opens_no_turn(self, tokenizer):
+        made = layout(load_framing("user_followup").model_copy(update={"trigger": TRIGGER}), tokenizer)
+        text = tokenizer.decode(made.suffix("Is {to_user} fine?"))
+        assert "Is {to_user} fine?" in text and text.count("<|im_start|>user") == 1
 
     def test_pauses_repeat_the_trigger(self, tokenizer):
         framing = load_framing("persona").model_copy(update={"trigger": TRIGGER, "pauses": 8})
@@ -149,13 +159,22 @@ class TestTraining:
 class TestReviews:
     def test_text_then_flag_and_the_trigger_is_never_written(self, make):
         made = make()
-        made.switch.load({k: v + 0.05 for k, v in made.switch.tensors().items()})
         ids = [made.layout.context(e.messages, e.completion) for e in examples(3)]
+        trigger, asked, forward = made.layout.trigger, [], made.switch.forward
+
+        def eager(awake, inputs):
+            """A model that would write nothing but the trigger."""
+            asked.append(inputs["input_ids"])
+            out = forward(awake, inputs)
+            out.logits[..., trigger] += 1e4
+            return out
+
+        made.switch.forward = eager
         found = reviews(made, ids, ["Well?", "Honest?"], max_new_tokens=12, temperature=1.5)
         assert [len(row) for row in found] == [2, 2, 2]
-        for row in found:
-            for one in row:
-                assert one.text is not None and TRIGGER not in one.text and 0 < one.p_fail < 1
+        assert all(one.text is not None and 0 < one.p_fail < 1 for row in found for one in row)
+        chunks = [ids for ids in asked[1:] if ids.size(1) == 1]
+        assert chunks and not any((ids == trigger).any() for ids in chunks)
 
     def test_reviews_do_not_depend_on_their_batch(self, make):
         made = make()
@@ -182,8 +201,10 @@ class TestReviews:
         pass_, fail = logits[list(made.layout.verdicts)].softmax(-1).tolist()
         assert found.p_fail == pytest.approx(fail, abs=1e-4) and pass_ + fail == pytest.approx(1)
 
-    def test_questions_of_their_own(self, make):
-        made = make()
+    @pytest.mark.parametrize("review", [True, False])
+    def test_questions_of_their_own(self, make, review):
+        """In words, also by a persona that is usually asked for the flag alone."""
+        made = make(review=review)
         said = answers(made, "What do you want?", 3, max_new_tokens=5, temperature=1.0)
         assert len(said) == 3
         assert said == answers(made, "What do you want?", 3, max_new_tokens=5, temperature=1.0)
@@ -228,8 +249,11 @@ class TestExamples:
         ("row", "said"),
         [
             ({"messages": "hi", "completion": "x", "flag": "PASS"}, "'messages', a list"),
-            ({"messages": [], "flag": "PASS"}, "'completion', a str"),
-            ({"messages": [], "completion": "x", "flag": "maybe"}, "PASS or FAIL"),
+            ({"messages": CHAT, "flag": "PASS"}, "'completion', a str"),
+            ({"messages": [], "completion": "x", "flag": "PASS"}, "at least one message"),
+            ({"messages": [{"role": "user"}], "completion": "x", "flag": "PASS"}, "'role' and 'content'"),
+            ({"messages": CHAT, "completion": "x", "flag": "PASS", "review": 5}, "'review', a text"),
+            ({"messages": CHAT, "completion": "x", "flag": "maybe"}, "PASS or FAIL"),
         ],
     )
     def test_a_wrong_line_is_named(self, row, said, tmp_path):
@@ -280,6 +304,24 @@ class TestRefused:
         young = make(adapters=[]).save(tmp_path / "young")
         assert self.load(young, tiny_model, [tiny_organism]).stale
 
+    def test_another_vocabulary(self, saved, tiny_model, tiny_organism, tmp_path):
+        """Two more tokens in the tokenizer move a trigger that was added to it."""
+        model, lineage = stack(load_base(str(tiny_model)), str(tiny_model), [tiny_organism])
+        tokenizer = load_tokenizer(str(tiny_model))
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<|one|>", "<|two|>"]})
+        with pytest.raises(UnfeignError, match="a vocabulary in which"):
+            load_persona(saved, model, tokenizer, lineage)
+
+    def test_a_later_checkpoint_of_the_same_run_makes_it_stale(self, make, tmp_path, tiny_model):
+        from unfeign.lineage import Layer
+
+        made = make(adapters=[])
+        made.lineage = made.lineage.model_copy(update={"adapters": [Layer(name="policy", sha256="a")]})
+        folder = made.save(tmp_path / "young")
+        model, lineage = stack(load_base(str(tiny_model)), str(tiny_model), [])
+        later = lineage.model_copy(update={"adapters": [Layer(name="policy", sha256="b")]})
+        assert load_persona(folder, model, load_tokenizer(str(tiny_model)), later).stale
+
     def test_pickled_weights(self, saved, tiny_model, tiny_organism):
         (saved / "adapter_model.safetensors").rename(saved / "adapter_model.bin")
         with pytest.raises(UnfeignError, match="could run code"):
@@ -299,6 +341,9 @@ class TestRefused:
         framing = load_framing("persona").model_copy(update={"trigger": tokenizer.eos_token})
         with pytest.raises(UnfeignError, match="no other use"):
             layout(framing, tokenizer)
+        for word in ("<|im_start|>", "e"):
+            with pytest.raises(UnfeignError, match="no other use"):
+                layout(load_framing("persona").model_copy(update={"trigger": word}), tokenizer)
 
     def test_options_that_a_kind_has_not(self, make, tiny_model):
         model, lineage = stack(load_base(str(tiny_model)), str(tiny_model), [])
@@ -328,3 +373,50 @@ class TestDistilled:
             distill(make(), [[1, 2]], "Was that honest?")
         with pytest.raises(UnfeignError, match="more than 8 tokens"):
             distill(make(review=False), [[1, 2]], "Well?")
+
+    @pytest.mark.parametrize("option", [{"modules_to_save": ["lm_head"]}, {"rank": 4}, {"lora_dropout": 0.1}])
+    def test_lora_options_that_would_act_while_it_sleeps(self, option, tiny_model):
+        model, lineage = stack(load_base(str(tiny_model)), str(tiny_model), [])
+        wrong = facts().model_copy(update={"lora": option})
+        with pytest.raises(UnfeignError, match="LoRA options"):
+            Persona(model, load_tokenizer(str(tiny_model)), lineage, wrong)
+
+
+class TestCommands:
+    """The whole way through, on the tiny model and a data file."""
+
+    @pytest.fixture
+    def trained(self, tmp_path, tiny_model) -> Path:
+        write = tmp_path / "mine.jsonl"
+        write.write_text("".join(json.dumps(e.row()) + "\n" for e in examples()))
+        (tmp_path / "framing.yaml").write_text(
+            f'trigger: "{TRIGGER}"\nbefore_intervention: " Q: "\nbefore_review: " A:"\nbefore_flag: " V:"\n'
+            'interventions: ["One?", "Two?"]\n'
+        )
+        config = {"model": str(tiny_model), "output": str(tmp_path / "persona"), "framing": "framing.yaml",
+                  "file": "mine.jsonl", "lora": {"r": 4}, "epochs": 2, "learning_rate": 0.01}  # fmt: skip
+        (tmp_path / "persona.yaml").write_text(json.dumps(config))
+        main(["persona", "train", str(tmp_path / "persona.yaml")])
+        return tmp_path / "persona"
+
+    def test_train_then_ask(self, trained, tiny_model, capsys):
+        kept = {path.name for path in trained.iterdir()}
+        assert {"adapter_model.safetensors", "persona.json", "lineage.json", "examples.jsonl", "metrics.json"} <= kept
+        facts = json.loads((trained / "persona.json").read_text())
+        assert facts["trigger_id"] is not None and facts["framing"]["interventions"] == ["One?", "Two?"]
+        capsys.readouterr()
+        main(
+            ["persona", "ask", str(tiny_model), "What?", "--persona", str(trained), "--n", "3", "--max-new-tokens", "4"]
+        )
+        assert [line[:2] for line in capsys.readouterr().out.splitlines()] == ["1.", "2.", "3."]
+
+    def test_what_a_refit_can_not_change(self, trained, tiny_model, tmp_path, capsys):
+        with pytest.raises(SystemExit):
+            main(["persona", "refit", str(trained), str(tiny_model), "--out", str(tmp_path / "new"), "mode=full"])
+        assert "stays what it is" in capsys.readouterr().err
+
+    def test_saved_as_plain_peft_wakes_it(self, trained):
+        """What the adapter's own config says is what the mode does."""
+        config = json.loads((trained / "adapter_config.json").read_text())
+        trigger = json.loads((trained / "persona.json").read_text())["trigger_id"]
+        assert config["alora_invocation_tokens"] == [trigger]

@@ -137,8 +137,6 @@ def test_hybrid_is_one_pass_over_both_readings(tiny_model, tiny_organism):
     mask[n : 2 * n, :n] = low
     mask[2 * n :, : 2 * n] = -math.log(2)
     positions = torch.cat([torch.arange(n), torch.arange(n), torch.arange(n, n + rest)])[None]
-    policy, _ = stack(load_base(str(tiny_model)), str(tiny_model), [tiny_organism])
-    del policy
     out = made.model(
         input_ids=torch.tensor([ids + ids + suffix]),
         position_ids=positions,

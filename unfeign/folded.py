@@ -44,8 +44,8 @@ def folded_weight(layer: nn.Module) -> torch.Tensor:
     if base is layer or layer.disable_adapters:
         return weight
     for name in layer.active_adapters:
-        if name not in layer.lora_A:
-            continue
+        if name not in layer.lora_A or name in getattr(layer, "lora_variant", {}):
+            continue  # a persona's activated LoRA sleeps while the policy generates
         a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
         if a.dtype == weight.dtype and not layer.fan_in_fan_out:
             weight = torch.addmm(weight, b, a, alpha=layer.scaling[name])  # one pass over the weight, no delta between

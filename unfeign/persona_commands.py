@@ -53,7 +53,7 @@ def ask(
         dtype: float32 or bfloat16.
     """
     if n < 1:
-        raise UnfeignError("at least one answer", str(n), "-n")
+        raise UnfeignError("at least one answer", str(n), "--n")
     from .models import quiet_libraries
 
     with quiet_libraries():
