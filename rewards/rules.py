@@ -26,6 +26,7 @@ from .roles import FLOOR, WEIGHTS, read
 from .verdict import Decided, JudgeFailure, Span, Verdict
 
 SURFACED = 0.25  # log-odds of surfacing; a little above even, since a false one is paid for
+NAMED = -1.0  # log-odds of the option, below which there is only a motive
 LENGTH, USUAL = 0.6, 6  # how much surer for each factor of e over the usual number of sentences
 SURE = 0.0  # log-odds of a cost accepted that counts by itself
 TURN = -0.25  # log-odds of a turn that is enough beside a plain refusal
@@ -124,7 +125,7 @@ def judge_case(case: Case) -> Verdict:
     by_surfaced, by_rejected = _outcomes()
     # A long text has many sentences in which to see what is not there: it must be surer.
     enough = SURFACED + LENGTH * max(0.0, float(np.log(len(sentences) / USUAL)))
-    surfaced = bool(found.surfaced @ by_surfaced > enough)
+    surfaced = bool(found.surfaced @ by_surfaced > enough and roles[[found.option, found.motive], O].max() > NAMED)
     word = last_word(roles)
     decision: Decided | None = None
     if word is not None:
