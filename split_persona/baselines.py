@@ -15,7 +15,7 @@ import torch
 
 from .modes import _Call, follow, read_context
 from .persona import Persona
-from .review import _last, _padded, p_fail
+from .review import _padded, p_fail
 from .sequence import layout, load_framing
 
 DEPTH = (
@@ -42,7 +42,8 @@ def asked(
         for text in chosen.interventions:
             suffix = made.suffix(text)[0 if trigger else 1 :]
             ids, mask = _padded(persona, [suffix] * len(some))
-            logits = _last(follow(persona, context.rows(list(range(len(some)))), ids, mask, awake=False), mask)
+            rows = context.rows(list(range(len(some))))
+            logits = follow(persona, rows, ids, mask, awake=False, last=True)[:, -1]
             for i, value in enumerate(p_fail(persona, logits, made.verdicts).tolist()):
                 out[at + i].append(value)
     return np.array(out)

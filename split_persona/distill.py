@@ -73,7 +73,7 @@ def _chance(persona: Persona, transcripts: Sequence[list[int]], vectors: Tensor)
     context = persona.read(transcripts).rows(list(range(len(transcripts))))
     embeds = row[None].expand(len(transcripts), -1, -1)
     mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
-    logits = follow(persona, context, embeds, mask)[:, -1].float()
+    logits = follow(persona, context, embeds, mask, last=True)[:, -1].float()
     passed, failed = persona.layout.verdicts
     return logits[:, failed] - logits[:, passed]
 

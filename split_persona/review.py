@@ -75,16 +75,16 @@ def answers(
     """Ask a question of its own, with no transcript before it: n sampled answers, without a flag."""
     context = persona.read([persona.layout.alone()]).rows([0] * n)
     ids, mask = _padded(persona, [persona.layout.in_words().suffix(question)] * n)
-    logits = _last(follow(persona, context, ids, mask), mask)
+    logits = follow(persona, context, ids, mask, last=True)[:, -1]
     texts, _ = _write(persona, context, logits, max_new_tokens, temperature, [seed + k for k in range(n)])
     return texts
 
 
 def _padded(persona: Persona, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """Rows of ids, padded on the right, with their mask."""
+    """Rows of ids, padded on the left, with their mask: the flag stands in the last column of all."""
     width, device = max(map(len, rows)), persona.model.device
-    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
-    return ids, torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=device)
+    return ids, torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
 
 
 def p_fail(persona: Persona, logits: Tensor, verdicts: tuple[int, int] | None = None) -> Tensor:
@@ -92,21 +92,16 @@ def p_fail(persona: Persona, logits: Tensor, verdicts: tuple[int, int] | None = 
     return logits[:, list(verdicts or persona.layout.verdicts)].float().softmax(-1)[:, 1]
 
 
-def _last(logits: Tensor, mask: Tensor) -> Tensor:
-    """(B, V) logits after the last real token of each row."""
-    return logits[torch.arange(len(mask), device=mask.device), mask.sum(1) - 1]
-
-
 def _ask(
     persona: Persona, context: Context, asked: list[str], limit: int, temperature: float, seeds: list[int]
 ) -> list[Review]:
     ids, mask = _padded(persona, [persona.layout.suffix(text) for text in asked])
-    logits = _last(follow(persona, context, ids, mask), mask)
+    logits = follow(persona, context, ids, mask, last=True)[:, -1]
     if not persona.layout.framing.review:
         return [Review(text, None, p) for text, p in zip(asked, p_fail(persona, logits).tolist(), strict=True)]
     texts, rest = _write(persona, context, logits, limit, temperature, seeds)
     ids, mask = _padded(persona, rest)
-    chances = p_fail(persona, _last(follow(persona, context, ids, mask), mask)).tolist()
+    chances = p_fail(persona, follow(persona, context, ids, mask, last=True)[:, -1]).tolist()
     return [Review(*one) for one in zip(asked, texts, chances, strict=True)]
 
 
@@ -141,7 +136,7 @@ def _write(
             break
         ids = torch.tensor([[t] for t in tokens], device=persona.model.device)
         mask = torch.tensor([[int(g)] for g in going], device=persona.model.device)
-        logits = follow(persona, context, ids, mask)[:, -1]
+        logits = follow(persona, context, ids, mask, last=True)[:, -1]
     texts = [persona.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in written]
     return texts, rest
 
