@@ -97,6 +97,7 @@ def _side(row: Row | None) -> dict[str, Any] | None:
         "reasoning": highlight(row["reasoning"], verdict.get("spans", ())),
         "answer": row["answer"],
         "justification": verdict.get("justification"),
+        "persona": row.get("persona"),
         "failure": row.get("failure") if row["verdict"] is None else None,
     }
 
@@ -164,6 +165,7 @@ def write_report(
     run: Mapping[str, Any] | None = None,
     curve: Sequence[Mapping[str, Any]] | None = None,
     notes: Sequence[str] = (),
+    persona: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the report as one self-contained HTML file.
 
@@ -175,6 +177,7 @@ def write_report(
         run: facts of the run, shown as a table.
         curve: a dict a training step: `step`, `reward`, and any of `surfaced`, `rejected`, `complied`.
         notes: remarks; one that starts with "!" is shown in red.
+        persona: what `persona_audit.persona_metrics` found, with the persona's `name`.
 
     Raises:
         UnfeignError: a finding or a step lacks a key; names it.
@@ -193,7 +196,12 @@ def write_report(
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    environment.filters |= {"percent": percent, "script_hash": _script_hash, "fact": _fact}
+    environment.filters |= {
+        "share": lambda x: "-" if x is None else f"{x:.0%}",
+        "percent": percent,
+        "script_hash": _script_hash,
+        "fact": _fact,
+    }
     page = environment.get_template("report.html.j2").render(
         title=title,
         headline=_headline(old, new, names),
@@ -206,6 +214,8 @@ def write_report(
         notes=[(note.removeprefix("!").strip(), note.startswith("!")) for note in notes],
         plots=plots,
         run=run or {},
+        persona=persona,
+        auditors={"persona": persona, **persona.get("baselines", {})} if persona else {},
         cases=cases,
         evidence=EVIDENCE,
         choices={key: sorted({case[key] for case in cases}) for key in ("tier", "family", "rendering")},

@@ -145,7 +145,10 @@ def audit(
                 rows = review_findings(auditor, rows)
                 facts |= {"persona": persona_metrics(auditor, rows, persona_folder(persona)) | {"name": persona}}
         result = write_audit(out, rows, facts)
-        write_report(out / "report.html", title=f"Audit of {paths[0]}", before=None, after=rows, run=facts)
+        reviewed = facts.get("persona")
+        told = {key: value for key, value in facts.items() if key != "persona"}
+        title = f"Audit of {paths[0]}"
+        write_report(out / "report.html", title=title, before=None, after=rows, run=told, persona=reviewed)
     print_table({paths[0]: result})
     if persona:
         print_persona(facts["persona"])
