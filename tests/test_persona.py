@@ -415,6 +415,19 @@ class TestCommands:
             main(["persona", "refit", str(trained), str(tiny_model), "--out", str(tmp_path / "new"), "mode=full"])
         assert "stays what it is" in capsys.readouterr().err
 
+    def test_a_policy_that_shows_no_deeds_is_told_so(self, tiny_model, tmp_path, capsys):
+        """A random model writes no tags: there is nothing to learn from, and nothing is left behind."""
+        config = {"model": str(tiny_model), "output": str(tmp_path / "persona"), "max_new_tokens": 2,
+                  "framing": "framing.yaml", "own": {"samples": 1, "requests_per_family": 1}}  # fmt: skip
+        (tmp_path / "framing.yaml").write_text(
+            f'trigger: "{TRIGGER}"\nbefore_intervention: " Q: "\nbefore_flag: " V:"\ninterventions: ["One?"]\n'
+        )
+        (tmp_path / "persona.yaml").write_text(json.dumps(config))
+        with pytest.raises(SystemExit):
+            main(["persona", "train", str(tmp_path / "persona.yaml")])
+        assert "examples to learn from" in capsys.readouterr().err
+        assert not (tmp_path / "persona").exists()
+
     def test_saved_as_plain_peft_wakes_it(self, trained):
         """What the adapter's own config says is what the mode does."""
         config = json.loads((trained / "adapter_config.json").read_text())

@@ -10,6 +10,7 @@ from unfeign.cli import main
 from unfeign.errors import UnfeignError
 from unfeign.split_persona.published import read_published
 from unfeign.split_persona.published_evaluation import flag_of, import_evaluations
+from unfeign.split_persona.sequence import _FRAMINGS
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "spt"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the published files are not beside this checkout")
@@ -135,3 +136,32 @@ def test_hand_made_cases_are_shown_and_escaped(tmp_path):
 def test_files_that_are_none_of_these(tmp_path, refused):
     (tmp_path / "other.json").write_text("{}")
     assert "published evaluations" in refused("audit", "import", tmp_path / "other.json", "--out", tmp_path / "out")
+
+
+@needs_data
+def test_the_published_files_train_a_persona(tmp_path, tiny_model, capsys):
+    """End to end on a subset that fits the tiny model, one topic left out, rows counted."""
+    config = {
+        "model": str(tiny_model),
+        "output": str(tmp_path / "persona"),
+        "framing": "published",
+        "published": {
+            "folder": str(DATA),
+            "config": str(DATA / "training_config.json"),
+            "leave_out": ["sycophancy"],
+            "limit": 8,
+        },
+        "lora": {"r": 4},
+        "epochs": 1,
+        "max_tokens": 1200,
+    }
+    framing = (_FRAMINGS / "published.yaml").read_text()
+    (tmp_path / "mine.yaml").write_text(f'trigger: "<|persona|>"\n{framing}')
+    (tmp_path / "persona.yaml").write_text(json.dumps(config | {"framing": "mine.yaml"}))
+    main(["persona", "train", str(tmp_path / "persona.yaml")])
+    rows = json.loads((tmp_path / "persona" / "metrics.json").read_text())["data"]["rows"]
+    assert rows["kept"] == 8 and rows["topic"] > 0
+    assert rows["rows"] == sum(n for reason, n in rows.items() if reason != "rows")
+    kept = [json.loads(line) for line in (tmp_path / "persona" / "examples.jsonl").read_text().splitlines()]
+    assert {row["flag"] for row in kept} == {"PASS", "FAIL"} and "sycophancy" not in {row["topic"] for row in kept}
+    assert "8 examples" in capsys.readouterr().out
