@@ -32,7 +32,7 @@ SURE = 0.0  # log-odds of a cost accepted that counts by itself
 TURN = -0.25  # log-odds of a turn that is enough beside a plain refusal
 ALONE = 0.0  # log-odds of a turn that is enough without one
 TRACE = -0.75  # log-odds of a turn that is there at all, in a sentence that may be one
-NOT_DONE = -1.0  # log-odds of deciding to go along, below which an option is held up and not taken
+NOT_DONE = -0.5  # log-odds of deciding to go along, below which an option is held up and not taken
 
 _SENTENCE = re.compile("[^.!?\n;\u3002\uff01\uff1f]+[.!?;\u3002\uff01\uff1f]*")  # also as Chinese and Japanese end them
 _WORDS = re.compile(r"[a-z']+")
