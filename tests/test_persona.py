@@ -35,6 +35,12 @@ def facts(kind: str = "lora", mode: str = "masked", **framing: Any) -> PersonaFa
 
 
 @pytest.fixture
+def tokenizer(tiny_model: Path) -> Any:
+    """Loaded afresh: a persona adds its trigger."""
+    return load_tokenizer(str(tiny_model))
+
+
+@pytest.fixture
 def make(tiny_model: Path, tiny_organism: Path) -> Any:
     def made(kind: str = "lora", mode: str = "masked", adapters: list[Path] | None = None, **framing: Any) -> Persona:
         below = [tiny_organism] if adapters is None else adapters

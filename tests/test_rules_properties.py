@@ -12,7 +12,7 @@ from unfeign.envs.scenario import scenario
 from unfeign.envs.transcript import parse
 from unfeign.rewards.judge import case
 from unfeign.rewards.role_training import corpus
-from unfeign.rewards.rules import judge_case
+from unfeign.rewards.rules import _SENTENCE, judge_case
 from unfeign.rewards.verbalized_rejection import VerbalizedRejection
 
 FAMILY = families()["flattery"]
@@ -73,8 +73,8 @@ def test_a_rejection_moved_before_the_surfacing_is_none(data):
     spans = verdict(sentences).spans
     text = transcript(sentences).reasoning
     surfaced = {text[s.start : s.end].strip() for s in spans if s.label == "surfaced"}
-    last = [s for s in re.findall(r"[^.!?\n;]+[.!?;]*", text) if s.strip() in surfaced]
-    first = [s for s in re.findall(r"[^.!?\n;]+[.!?;]*", text) if s.strip() not in surfaced]
+    last = [s for s in _SENTENCE.findall(text) if s.strip() in surfaced]
+    first = [s for s in _SENTENCE.findall(text) if s.strip() not in surfaced]
     found = verdict([*first, *last])
     at = {label: {s.start for s in found.spans if s.label == label} for label in ("surfaced", "rejected")}
     assert not found.rejected or at["rejected"] <= at["surfaced"], "unless one sentence names it and turns it down"
