@@ -27,6 +27,8 @@ from unfeign.split_persona.persona import Persona
 from unfeign.split_persona.training import train_persona
 
 CONFIG = Path(__file__).parent.parent / "configs" / "persona.yaml"
+SMALL = ("dtype=bfloat16", "epochs=2", "own.per_prompt=1")  # what two cores carry in minutes
+ASKED = 2  # interventions a transcript is measured under
 NOT_K = ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 K_AND_MLP = ["k_proj", "gate_proj", "up_proj", "down_proj"]
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -55,7 +57,7 @@ def deeds(folder: Path, config: PersonaConfig, split: str) -> list[Judged]:
     path = folder / f"{split}.jsonl"
     if not path.exists():
         tokenizer = load_tokenizer(config.model)
-        model, _ = stack(load_base(config.model), config.model, list(config.adapters))
+        model, _ = stack(load_base(config.model, config.dtype), config.model, list(config.adapters))
         found = policy_deeds(config, model, tokenizer, split, {"train": 0, "validation": 1000, "heldout": 2000}[split])
         write_jsonl(path, [{"id": t.scenario.scenario_id, "completion": t.completion} for t, _ in found])
     known = {s.scenario_id: s for s in scenarios(split, renderings=RENDERINGS)}  # type: ignore[arg-type]
@@ -67,12 +69,12 @@ def deeds(folder: Path, config: PersonaConfig, split: str) -> list[Judged]:
 def run(folder: Path, name: str) -> dict[str, Any]:
     """Train one variant and measure it on heldout families."""
     what, _, seed = name.rpartition("-")
-    config = PersonaConfig.load(CONFIG, (f"seed={seed}",))
+    config = PersonaConfig.load(CONFIG, (f"seed={seed}", *SMALL))
     config = config.model_copy(update=VARIANTS[what])
     parts = {split: deeds(folder, config, split) for split in ("train", "validation", "heldout")}
     data = flip(matched(parts["train"], config.seed, config.own.per_prompt, config.own.quiet), config.flip, config.seed)
     tokenizer = load_tokenizer(config.model)
-    model, lineage = stack(load_base(config.model), config.model, list(config.adapters))
+    model, lineage = stack(load_base(config.model, config.dtype), config.model, list(config.adapters))
     persona = Persona(model, tokenizer, lineage, config.facts(), config.seed)
     start = time.perf_counter()
     losses = train_persona(
@@ -84,7 +86,7 @@ def run(folder: Path, name: str) -> dict[str, Any]:
         seed=config.seed,
     )
     seconds = time.perf_counter() - start
-    asked = config.facts().framing.interventions[: 2 if config.review else None]
+    asked = config.facts().framing.interventions[:ASKED]
     chance = {split: chances(persona, parts[split], asked).mean(1) for split in ("validation", "heldout")}
     rows, truth = monitored(told(parts["validation"]))
     threshold = threshold_at(truth, chance["validation"][rows])
