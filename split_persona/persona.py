@@ -19,8 +19,8 @@ from ..files import read_json, write_text
 from ..lineage import Lineage, adapter_file, read_lineage, write_lineage
 from ..models import POLICY
 from ..settings import Settings
-from .adapters import KINDS, Kind, LoraSwitch, Switch, attach
-from .modes import MODES, Context, Mode, read_context
+from .adapters import Kind, LoraSwitch, Switch, attach
+from .modes import Context, Mode, read_context
 from .sequence import Framing, Layout, layout
 
 FILE = "persona.json"
@@ -184,6 +184,3 @@ def load_persona(folder: Path, model: Any, tokenizer: Any, lineage: Lineage) -> 
         raise UnfeignError("the weights of this persona", found, str(folder)) from None
     persona.stale = here != below
     return persona
-
-
-__all__ = ["KINDS", "MODES", "Persona", "PersonaFacts", "load_persona", "read_facts"]

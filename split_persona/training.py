@@ -37,7 +37,6 @@ def train_persona(
     *,
     learning_rate: float,
     epochs: int,
-    interventions_per_example: int = 1,
     batch_size: int = 8,
     train_intervention: bool = False,
     seed: int = 0,
@@ -47,7 +46,6 @@ def train_persona(
 
     Args:
         examples: at least one of each flag.
-        interventions_per_example: how many interventions an example without one of its own is asked under, an epoch.
         batch_size: transcripts in a step.
         train_intervention: whether the intervention's own tokens are trained too.
         seed: of order and drawn interventions.
@@ -85,8 +83,7 @@ def train_persona(
                         policy = prefill(_Call(persona, False), transcripts)
                     if (size := _bytes(policy)) <= room:
                         kept[batch[0]], room = policy, room - size
-                rows = [row for at, i in enumerate(batch) for row in _rows(persona, examples[i], at, rng,
-                        interventions_per_example, train_intervention)]  # fmt: skip
+                rows = [_row(persona, examples[i], at, rng, train_intervention) for at, i in enumerate(batch)]
                 losses.append(_step(persona, transcripts, policy, rows))
                 torch.nn.utils.clip_grad_norm_(parameters, 1.0)
                 optimizer.step()
@@ -107,26 +104,19 @@ def _check(persona: Persona, examples: Sequence[Example]) -> None:
         raise UnfeignError("examples with reviews (or a framing with review: false)", "none", "persona training")
 
 
-def _rows(
-    persona: Persona, one: Example, at: int, rng: random.Random, count: int, train_intervention: bool
-) -> list[_Row]:
+def _row(persona: Persona, one: Example, at: int, rng: random.Random, train_intervention: bool) -> _Row:
+    """An example under its own intervention, or one of the framing's, drawn anew every epoch."""
     layout = persona.layout
-    asked = [one.intervention] if one.intervention else rng.sample(
-        layout.framing.interventions, min(count, len(layout.framing.interventions))
-    )  # fmt: skip
-    out = []
-    for text in asked:
-        opening = layout.suffix(text)
-        wants = layout.framing.review
-        flag = [layout.verdicts[one.failed]]
-        ids, begin = opening, len(opening)
-        if wants and one.review:
-            ids = layout.suffix(text, one.review)
-        elif wants:  # only the flag is known: nothing before it is trained
-            ids = opening + layout.flag_opening()
-            begin = len(ids)
-        out.append(_Row(at, ids + flag, 1 + layout.framing.pauses if train_intervention else begin))
-    return out
+    text = one.intervention or rng.sample(layout.framing.interventions, 1)[0]
+    ids = layout.suffix(text)
+    begin = len(ids)
+    if layout.framing.review and one.review:
+        ids = layout.suffix(text, one.review)
+    elif layout.framing.review:  # only the flag is known: nothing before it is trained
+        ids = ids + layout.flag_opening()
+        begin = len(ids)
+    begin = 1 + layout.framing.pauses if train_intervention else begin
+    return _Row(at, [*ids, layout.verdicts[one.failed]], begin)
 
 
 def _step(persona: Persona, transcripts: list[list[int]], policy: Prefix | None, rows: list[_Row]) -> float:
