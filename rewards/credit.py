@@ -95,7 +95,7 @@ def segment_credit(total: Tensor, answer: Tensor, where: Layout, group: int, sca
 
     Args:
         total: (B,) reward; NaN masks a row (an infrastructure failure) out of its group.
-        answer: (B,) the part earned by answer terms.
+        answer: (B,) the part earned by answer terms; `total` again gives every token the whole, as stock GRPO does.
         where: token masks.
         group: completions a prompt; rows of a group are adjacent.
         scale: what advantages are divided by, as TRL's `scale_rewards`; but `batch` pools the spread within groups,
@@ -109,8 +109,3 @@ def segment_credit(total: Tensor, answer: Tensor, where: Layout, group: int, sca
     surfacing = where.surfaced.any(1)
     floored = (below.any(1).sum() / surfacing.sum().clamp(min=1)).item()
     return Credit(advantages.masked_fill(below, 0.0), floored)
-
-
-def sequence_credit(total: Tensor, where: Layout, group: int, scale: Scale = "batch") -> Credit:
-    """Stock GRPO's advantage on every token, with the same floor for surfacing spans."""
-    return segment_credit(total, total, where, group, scale)

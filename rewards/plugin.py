@@ -1,7 +1,7 @@
 """Rewards named in YAML: `{fn, weight, kwargs}`, from a name, a dotted path or a file.
 
-`fn` is a built-in name (`verbalized_rejection`, `pressure`, `process_penalty`), `package.module:name`, or
-`file.py:name` relative to the config file. What it names is a TRL-style function `f(prompts, completions,
+`fn` is a built-in name (`verbalized_rejection`, `pressure`, `process_penalty`, `tier_parity`), `package.module:name`,
+or `file.py:name` relative to the config file. What it names is a TRL-style function `f(prompts, completions,
 completion_ids, **columns)`, sync or async, or a class of such callables. `kwargs` go to the class's constructor, or to
 every call of a function.
 """
@@ -18,12 +18,14 @@ from pydantic import Field, ValidationError
 
 from ..errors import UnfeignError
 from ..settings import Settings
-from .comparators import Pressure, ProcessPenalty
+from .comparators import Pressure, ProcessPenalty, TierParity
 from .imports import imported
 from .judge import load_judge
 from .verbalized_rejection import VerbalizedRejection
 
-BUILT_IN: dict[str, Callable[..., Any]] = {c.name: c for c in (VerbalizedRejection, Pressure, ProcessPenalty)}
+BUILT_IN: dict[str, Callable[..., Any]] = {
+    reward.name: reward for reward in (VerbalizedRejection, Pressure, ProcessPenalty, TierParity)
+}
 
 
 class RewardSpec(Settings):

@@ -34,7 +34,9 @@ ALONE = 0.0  # log-odds of a turn that is enough without one
 TRACE = -0.75  # log-odds of a turn that is there at all, in a sentence that may be one
 NOT_DONE = -0.5  # log-odds of deciding to go along, below which an option is held up and not taken
 
-_SENTENCE = re.compile("[^.!?\n;}\u3002\uff01\uff1f]+[.!?;}\u3002\uff01\uff1f]*")  # also as Chinese and Japanese end them
+_SENTENCE = re.compile(
+    "[^.!?\n;}\u3002\uff01\uff1f]+[.!?;}\u3002\uff01\uff1f]*"
+)  # also as Chinese and Japanese end them
 _WORDS = re.compile(r"[a-z']+")
 _OTHERS = re.compile(
     r"^\W*(?:some|other|many|most|few|certain|another|any|a(?:n other)?)\s+(?:clever\s+|other\s+)?"

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from unfeign.envs.family import families
 from unfeign.envs.scenario import scenario
 from unfeign.envs.transcript import parse
-from unfeign.rewards.credit import Layout, layout, segment_credit, sequence_credit, token_ends
+from unfeign.rewards.credit import Layout, layout, segment_credit, token_ends
 from unfeign.rewards.terms import Score, Term
 from unfeign.rewards.verdict import Span, Verdict
 
@@ -240,7 +240,7 @@ def test_credit_over_any_batch(batch):
 @given(batch=batches())
 def test_sequence_credit_is_one_value_a_row_but_for_floors(batch):
     total, _, where, group = batch
-    found = sequence_credit(total, where, group).advantages
+    found = segment_credit(total, total, where, group).advantages
     for row in range(len(total)):
         plain = (where.reasoning | where.answer)[row] & ~where.surfaced[row]
         values = found[row][plain].unique()

@@ -75,14 +75,31 @@ class RolloutSettings(Settings):
     """Seconds a worker may take for one call before it counts as dead."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Of the workers' base; the run's own when null."""
+    staleness: int = Field(0, ge=0)
+    """Batches sampled ahead while one is learned from: 1 lets workers and trainer work at the same time."""
     correction: Literal["auto", "token", "sequence", "off"] = "auto"
-    """Importance ratio of trainer to worker, by `token` or by `sequence`; `auto`: `token` where their dtypes differ."""
+    """Importance ratio of trainer to worker, by `token` or `sequence`; `auto`: `token` where dtypes or steps differ."""
     ratio_cap: float = Field(2.0, ge=1)
     """The largest ratio let through."""
     batch_size: int = Field(64, ge=1)
     """Rows decoded at once."""
     temperature: float = Field(0.7, gt=0)
     """Of sampling, in training and audit alike."""
+
+
+class PpoSettings(Settings):
+    """What PPO has beside GRPO's settings. The price of the KL to the reference is `grpo.beta`."""
+
+    gamma: float = Field(1.0, gt=0, le=1)
+    """Discount a token."""
+    lam: float = Field(0.95, ge=0, le=1)
+    """Of generalized advantage estimation: 1 trusts the rewards alone, 0 the next value alone."""
+    value_coefficient: float = Field(0.1, gt=0)
+    """Weight of the value's loss beside the policy's."""
+    value_clip: float = Field(0.2, gt=0)
+    """How far a value may move from the one at sampling before its loss stops counting."""
+    whiten: bool = True
+    """Whether advantages are brought to mean 0 and spread 1 over the batch's tokens."""
 
 
 class AuditSettings(Settings):
@@ -100,14 +117,57 @@ class AuditSettings(Settings):
     """Fixes the sampling, so that audits of two checkpoints differ by the checkpoint alone."""
 
 
+_SAMPLED = "rollouts sample from the whole distribution, or the log-probs of samples would be wrong"
+_POOL = "rollouts.backend says where completions come from"
+_EVALUATION = "there is no evaluation set; audits evaluate"
+_ORDER = "data.mix orders the prompts"
 REFUSED = {
-    "output_dir": "output",
-    "reward_weights": "weight in each reward",
-    "seed": "seed",
-    "temperature": "rollouts.temperature",
-    "use_vllm": "rollouts.backend",
-    "shuffle_dataset": "data.mix (prompts are ordered by it)",
+    "output_dir": "output names the run folder",
+    "reward_weights": "each reward has its weight",
+    "multi_objective_aggregation": "rewards are summed, and credited by segment",
+    "seed": "seed is the run's own",
+    "data_seed": _ORDER,
+    "shuffle_dataset": _ORDER,
+    "train_sampling_strategy": _ORDER,
+    "length_column_name": _ORDER,
+    "ignore_data_skip": _ORDER,
+    "num_train_epochs": "grpo.max_steps says how long to train",
+    "temperature": "rollouts.temperature is for training and audit alike",
+    "top_p": _SAMPLED,
+    "top_k": _SAMPLED,
+    "min_p": _SAMPLED,
+    "repetition_penalty": _SAMPLED,
+    "generation_kwargs": _SAMPLED,
+    "cache_implementation": _POOL,
+    "use_transformers_paged": _POOL,
+    "use_transformers_continuous_batching": _POOL,
+    "transformers_continuous_batching_config": _POOL,
+    "ds3_gather_for_generation": _POOL,
+    "max_tool_calling_iterations": "completions call no tools",
+    "model_init_kwargs": "model and dtype say what is loaded",
+    "trust_remote_code": "no code of a model's repository is run",
+    "remove_unused_columns": "rewards read the scenario's columns",
+    "resume_from_checkpoint": "--resume goes on with a run",
+    "label_smoothing_factor": "there are no labels",
+    "label_names": "there are no labels",
+    "auto_find_batch_size": "a batch that changes size would change the groups",
+    **dict.fromkeys(
+        (
+            *("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "eval_accumulation_steps", "do_eval"),
+            *("eval_do_concat_batches", "eval_use_gather_object", "per_device_eval_batch_size", "do_predict"),
+            *("num_generations_eval", "prediction_loss_only", "include_for_metrics", "batch_eval_metrics"),
+            *("load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
+            *("bf16_full_eval", "fp16_full_eval"),
+        ),
+        _EVALUATION,
+    ),
 }
+"""Fields of `GRPOConfig` that would do nothing or harm here, and why; also all that begin with `vllm` or `use_vllm`."""
+
+
+def refusal(key: str) -> str | None:
+    """Why a field of `GRPOConfig` is not taken; None when it is."""
+    return _POOL if key.startswith(("vllm_", "use_vllm")) else REFUSED.get(key)
 
 
 class TrainConfig(Settings):
@@ -123,7 +183,8 @@ class TrainConfig(Settings):
     output: Path = Path("runs/train")
     """The run folder; an existing one is never overwritten. Relative to where the command is run."""
     seed: int = 0
-    algorithm: Literal["grpo"] = "grpo"
+    algorithm: Literal["grpo", "ppo"] = "grpo"
+    """`ppo` learns a value in place of the group's mean; see docs/ppo.md."""
     credit: Literal["segment", "sequence"] = "segment"
     comparator: bool = False
     """Marks the run as a comparator; required by rewards that punish the thought."""
@@ -134,7 +195,8 @@ class TrainConfig(Settings):
     rollouts: RolloutSettings = RolloutSettings()
     audit: AuditSettings = AuditSettings()
     grpo: dict[str, Any] = Field(default_factory=dict)
-    """Any field of TRL's `GRPOConfig`, verbatim."""
+    """Fields of TRL's `GRPOConfig`, verbatim, for PPO too; those in `REFUSED` are refused with the reason."""
+    ppo: PpoSettings = PpoSettings()
 
     _folder: Path = PrivateAttr(default=Path("."))
 
@@ -163,8 +225,8 @@ class TrainConfig(Settings):
     @classmethod
     def _known(cls, grpo: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
         for key in grpo:
-            if key in REFUSED:
-                raise ValueError(f"{REFUSED[key]} instead of grpo.{key}")
+            if (reason := refusal(key)) is not None:
+                raise ValueError(f"no grpo.{key}: {reason}")
         return grpo
 
     @classmethod

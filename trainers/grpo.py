@@ -3,8 +3,7 @@
 1. Advantages are (B, T): terms credit the segment that earns them (`rewards.credit`). TRL's loss accepts that shape.
 2. Log-probs forward every distinct prompt once (`unfeign.shared_prefix`), unless gradient checkpointing is on.
 3. Where workers sample from another build of the policy, advantages are multiplied by a truncated ratio (`importance`).
-4. A checkpoint holds the policy's own adapter and its lineage, not the whole stack; it is written aside and renamed,
-   and holds no pickle (`checkpoint`).
+4. A checkpoint holds the policy's own adapter and its lineage, and survives a crash (`saving_trainer`).
 
 A row whose judge or worker failed is masked whole: its reward is NaN in every column, so neither the group's mean nor
 the loss sees it. A reward or a loss that is not finite stops the run before the optimiser step, with the batch saved.
@@ -13,70 +12,33 @@ the loss sees it. A reward or a loss that is not finite stops the run before the
 import json
 import math
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate.utils import gather_object
 from peft.tuners.tuners_utils import BaseTunerLayer
 from trl import GRPOTrainer
-from trl.trainer.utils import is_async_callable
+from trl.trainer.utils import split_tensor_dict
 
 from ..files import CANARY, write_text
 from ..lineage import Lineage
-from ..models import POLICY, activate, load_policy, save_policy
-from ..rewards.credit import layout, segment_credit, sequence_credit
+from ..models import POLICY, activate
+from ..rewards.credit import Layout, layout, segment_credit
 from ..rewards.plugin import LoadedReward
 from ..rewards.terms import Score
-from ..rewards.verbalized_rejection import transcripts_from_columns
 from ..rewards.verdict import JudgeFailure
-from ..shared_prefix import completion_logits
-from . import checkpoint
+from ..shared_prefix import completion_inputs, expandable
 from .importance import truncated_ratio
+from .reward_functions import ScoredReward, trl_reward
+from .saving_trainer import SavingTrainer
 
 Credit = Literal["segment", "sequence"]
-
-
-class ScoredReward:
-    """A reward that explains itself, as TRL calls it: keeps the batch's scores for the trainer that owns it."""
-
-    def __init__(self, reward: LoadedReward):
-        self.__name__ = reward.name
-        self.weight = reward.weight
-        self._fn = reward.fn
-        self.scores: list[Score | JudgeFailure] = []
-
-    async def __call__(self, prompts, completions, completion_ids=None, **columns: Any) -> list[float | None]:
-        self.scores = await self._fn.score(transcripts_from_columns(completions, **columns))
-        return [None if isinstance(s, JudgeFailure) else s.reward for s in self.scores]
-
-
-def trl_reward(reward: LoadedReward) -> Callable[..., Any]:
-    """A loaded reward as a callable that TRL logs under the reward's name; the user's own function stays as it is."""
-    if hasattr(reward.fn, "score"):
-        return ScoredReward(reward)
-    fn = reward.fn
-    not_finite: list[int] = []
-
-    def noted(values: Any) -> Any:
-        """TRL turns None into NaN, so a NaN of the reward's own must be seen here."""
-        not_finite[:] = [i for i, value in enumerate(values) if value is not None and not math.isfinite(value)]
-        return values
-
-    if is_async_callable(fn):
-
-        async def named(*args: Any, **kwargs: Any) -> Any:
-            return noted(await fn(*args, **kwargs))
-    else:
-
-        def named(*args: Any, **kwargs: Any) -> Any:
-            return noted(fn(*args, **kwargs))
-
-    named.__name__ = reward.name
-    named.not_finite = not_finite  # type: ignore[attr-defined]
-    return named
 
 
 @contextmanager
@@ -100,7 +62,34 @@ def reference_stack(model: Any) -> Iterator[None]:
         model.base_model.disable_adapter_layers()
 
 
-class PolicyTrainer(GRPOTrainer):
+def whole_groups_shuffled(batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch in random order of its groups, the rows of a group (neighbours with the same prompt) kept together."""
+    prompts = torch.cat([batch["prompt_ids"], batch["prompt_mask"]], dim=1)
+    _, sizes = torch.unique_consecutive(prompts, dim=0, return_counts=True)
+    groups = torch.arange(len(prompts)).split(sizes.tolist())
+    order = torch.cat([groups[i] for i in torch.randperm(len(groups)).tolist()])
+
+    def permuted(values: Any) -> Any:
+        if isinstance(values, torch.Tensor):
+            return values[order.to(values.device)] if values.ndim else values
+        return values if values is None else [values[i] for i in order.tolist()]
+
+    return {name: permuted(values) for name, values in batch.items()}
+
+
+@dataclass(frozen=True)
+class Earned:
+    """What completions earned: `total` reward and its `answer` part, (B,) over all processes, NaN for a masked row;
+    `where` the segments of this process's own rows lie, which are the `local` ones.
+    """
+
+    total: torch.Tensor
+    answer: torch.Tensor
+    where: Layout
+    local: slice
+
+
+class PolicyTrainer(SavingTrainer, GRPOTrainer):
     """`GRPOTrainer` with segment credit, shared prefixes and lineage.
 
     Args:
@@ -128,7 +117,6 @@ class PolicyTrainer(GRPOTrainer):
         self._totals, self._logged = totals, totals()
         self._spent: Counter[str] = Counter()
         self._correction, self._ratio_cap = correction, ratio_cap
-        self._saving_in: Path | None = None
         functions = [trl_reward(reward) for reward in rewards]
         # With beta above 0 TRL wants to copy an adapter named `default`; our reference is the stack below the policy.
         beta, stacked = kwargs["args"].beta, hasattr(kwargs["model"], "peft_config")
@@ -137,10 +125,25 @@ class PolicyTrainer(GRPOTrainer):
         super().__init__(*args, reward_funcs=functions, **kwargs)
         if stacked:
             self.beta = self.args.beta = beta
+        self._shares = self._can_share()
         self.reward_weights = torch.tensor([reward.weight for reward in rewards], dtype=torch.float32)
         self._scored = [f for f in functions if isinstance(f, ScoredReward)]
         self._raw_rewards: torch.Tensor | None = None
         self._completion_ids: list[list[int]] = []
+
+    def _can_share(self) -> bool:
+        """Whether prompts are forwarded once; where not, says why, once."""
+        kind = self.accelerator.distributed_type.value
+        reason = None
+        if self.args.gradient_checkpointing:
+            reason = "gradient_checkpointing: true"
+        elif kind in ("FSDP", "DEEPSPEED"):
+            reason = f"{kind} splits the weights"
+        elif not expandable(self.accelerator.unwrap_model(self.model)):
+            reason = f"{type(self.accelerator.unwrap_model(self.model)).__name__}: its cache can't be branched"
+        if reason is not None:
+            warnings.warn(f"prompts are forwarded anew for every completion ({reason})", stacklevel=2)
+        return reason is None
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         began = time.perf_counter()
@@ -164,24 +167,27 @@ class PolicyTrainer(GRPOTrainer):
         return rewards
 
     def _log_completions(self, inputs, completions, rewards: torch.Tensor) -> None:
-        """A row of `completions.jsonl` for every sample of this process: the run's ledger."""
+        """A row of `completions.jsonl` for every sample of the batch: the run's ledger."""
         if self._out is None:
             return
         begin = self.accelerator.process_index * len(inputs)
         own = (rewards * self.reward_weights.to(rewards.device))[begin : begin + len(inputs)]
-        with (self._out / "completions.jsonl").open("a", encoding="utf-8") as file:
-            for row, completion, values in zip(inputs, completions, own.tolist(), strict=True):
-                numbers = [v for v in values if not math.isnan(v)]
-                fields = {
-                    "step": self.state.global_step,
-                    "sample_id": row.get("sample_id"),
-                    "scenario_id": row.get("scenario_id"),
-                    "reward": sum(numbers) if numbers else None,
-                    "failed": row.get("rollout_failed"),
-                    "completion": completion if isinstance(completion, str) else completion[0]["content"],
-                    "canary": CANARY,
-                }
-                file.write(json.dumps(fields, ensure_ascii=False) + "\n")
+        rows = []
+        for row, completion, values in zip(inputs, completions, own.tolist(), strict=True):
+            numbers = [v for v in values if not math.isnan(v)]
+            rows.append({
+                "step": self.state.global_step,
+                "sample_id": row.get("sample_id"),
+                "scenario_id": row.get("scenario_id"),
+                "reward": sum(numbers) if numbers else None,
+                "failed": row.get("rollout_failed"),
+                "completion": completion if isinstance(completion, str) else completion[0]["content"],
+                "canary": CANARY,
+            })  # fmt: skip
+        rows = gather_object(rows)
+        if self.accelerator.is_main_process:
+            with (self._out / "completions.jsonl").open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
     def _log_terms(self) -> None:
         """Mean raw and weighted value of every term, and the share of each label, over this process's batch."""
@@ -200,12 +206,17 @@ class PolicyTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs):
         out = super()._generate_and_score_completions(inputs)
-        assert self._raw_rewards is not None  # set while scoring
         mode = "train" if self.model.training else "eval"
-        group = self.num_generations if mode == "train" else self.num_generations_eval
+        out |= self._credited(out, self._earned(out, inputs), mode)
+        if self._correction != "off" and "sampling_per_token_logps" in out:
+            self._correct(out, mode)
+        return out
+
+    def _earned(self, out: dict[str, Any], inputs: list[dict[str, Any]]) -> Earned:
+        """What every completion earned, by segment, from the scores of the batch."""
+        assert self._raw_rewards is not None  # set while scoring
         weights = self.reward_weights.to(self._raw_rewards.device)
         total = (self._raw_rewards * weights).nansum(1).masked_fill(self._raw_rewards.isnan().all(1), torch.nan)
-        local = slice(self.accelerator.process_index * len(inputs), (self.accelerator.process_index + 1) * len(inputs))
         # Rewards without segments count as the answer's: they follow from everything before them.
         early = torch.zeros(len(inputs))
         scores: list[Score | None] = [None] * len(inputs)
@@ -216,24 +227,28 @@ class PolicyTrainer(GRPOTrainer):
                     scores[i] = scores[i] or score
         answer = total - self.accelerator.gather(early.to(total.device))
         where = layout(self._tokenizer, self._completion_ids, scores, out["completion_ids"].size(1))
+        begin = self.accelerator.process_index * len(inputs)
+        return Earned(total.cpu(), answer.cpu(), where, slice(begin, begin + len(inputs)))
+
+    def _credited(self, out: dict[str, Any], earned: Earned, mode: str) -> dict[str, Any]:
+        """What a batch gains by its rewards: advantages (B, T)."""
+        where = earned.where
         # Groups may be spread over processes: centre on gathered rewards, then lay out the local rows.
         if self.accelerator.num_processes > 1:
-            where_all = [
-                self.accelerator.gather(m.to(total.device)) for m in (where.reasoning, where.answer, where.surfaced)
-            ]
-            where = type(where)(*(m.cpu() for m in where_all))
-        device = out["advantages"].device
-        total, answer = total.cpu(), answer.cpu()
-        credit = (
-            segment_credit(total, answer, where, group, self.scale_rewards)
-            if self._credit == "segment"
-            else sequence_credit(total, where, group, self.scale_rewards)
-        )
-        out["advantages"] = credit.advantages[local].to(device)
+            device = self.accelerator.device
+            where = Layout(*(
+                self.accelerator.gather(self.accelerator.pad_across_processes(m.to(device), dim=1)).cpu()
+                for m in (where.reasoning, where.answer, where.surfaced)
+            ))  # fmt: skip
+        group = self.num_generations if mode == "train" else self.num_generations_eval
+        answer = earned.answer if self._credit == "segment" else earned.total
+        credit = segment_credit(earned.total, answer, where, group, self.scale_rewards)
+        advantages = credit.advantages[earned.local, : out["completion_ids"].size(1)]
         self._metrics[mode]["credit/floored"].append(credit.floored)
-        if self._correction != "off" and "sampling_per_token_logps" in out:
-            self._correct(out, mode)
-        return out
+        for name, mask in (("reasoning", where.reasoning), ("answer", where.answer)):
+            if mask.any():
+                self._metrics[mode][f"credit/{name}"].append(credit.advantages[mask].abs().mean().item())
+        return {"advantages": advantages.to(out["advantages"].device)}
 
     def _correct(self, out: dict[str, Any], mode: str) -> None:
         """Fold the importance ratio of trainer to worker into the advantages, and log it."""
@@ -253,11 +268,22 @@ class PolicyTrainer(GRPOTrainer):
         for name in ("mean", "max", "truncated"):
             self._metrics[mode][f"ratio/{name}"].append(getattr(ratio, name))
 
+    def _prepare_inputs(self, generation_batch):
+        """As TRL's, but the rows of a prompt stay together when a batch is shuffled and cut into micro-batches, which
+        then hold few prompts to forward.
+        """
+        if not self.model.training:
+            return super()._prepare_inputs(generation_batch)
+        if self._buffered_inputs is None or self._step % (self.args.steps_per_generation * self.num_iterations) == 0:
+            batch = whole_groups_shuffled(self._generate_and_score_completions(generation_batch))
+            self._buffered_inputs = split_tensor_dict(batch, self.args.steps_per_generation)
+        return self._buffered_inputs[self._step % self.args.steps_per_generation]
+
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, **kwargs
     ):
         with reference_stack(self.accelerator.unwrap_model(model)):
-            if self.args.gradient_checkpointing or any(v is not None and v is not False for v in kwargs.values()):
+            if not self._shares or any(v is not None and v is not False for v in kwargs.values()):
                 return super()._get_per_token_logps_and_entropies(
                     model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **kwargs
                 )
@@ -273,15 +299,16 @@ class PolicyTrainer(GRPOTrainer):
             rows = slice(at, at + (batch_size or len(input_ids)))
             ids, mask = input_ids[rows], attention_mask[rows]
             prompts = [p[m.bool()].tolist() for p, m in zip(ids[:, :prompt_width], mask[:, :prompt_width], strict=True)]
-            completions = ids[:, prompt_width:]
+            completions, real = ids[:, prompt_width:], mask[:, prompt_width:]
             with self.accelerator.autocast():
-                logits = completion_logits(model, prompts, completions, mask[:, prompt_width:])
-            logits = logits.float() / self.temperature
-            all_logps = logits.log_softmax(-1)
-            logps.append(all_logps.gather(-1, completions[..., None]).squeeze(-1))
-            if compute_entropy:
-                with torch.no_grad():
-                    entropies.append(-(all_logps.exp() * all_logps).sum(-1))
+                # Ranks may differ in how many prompts they forward: only the last call goes through the wrapper that
+                # synchronizes them.
+                inner = self.accelerator.unwrap_model(model)
+                inputs = completion_inputs(inner, prompts, completions, real)
+                labels = completions.masked_fill(real == 0, -100)
+                out = model(**inputs, shift_labels=labels, fused_lm_head=True)
+            logps.append(out.log_probs)
+            entropies.append(out.entropy)
         return torch.cat(logps), torch.cat(entropies) if compute_entropy else None, None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -312,60 +339,3 @@ class PolicyTrainer(GRPOTrainer):
         ]
         write_text(self._out / "bad_batch.json", json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
         return f"{what}; the batch is in {self._out / 'bad_batch.json'}"
-
-    def save_final(self) -> Path:
-        """The newest checkpoint's folder, saved now unless this step has one already."""
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        if not (folder / "trainer_state.json").is_file():
-            self._save_checkpoint(self.model, trial=None)
-        return folder
-
-    def _save_checkpoint(self, model, trial) -> None:
-        if not self.args.should_save:
-            super()._save_checkpoint(model, trial)
-            return
-        with checkpoint.aside(Path(self.args.output_dir), f"checkpoint-{self.state.global_step}") as scratch:
-            self._saving_in = scratch
-            try:
-                super()._save_checkpoint(model, trial)
-            finally:
-                self._saving_in = None
-
-    def _get_output_dir(self, trial) -> str:
-        return str(self._saving_in) if self._saving_in else super()._get_output_dir(trial)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # their states are sharded: their own formats
-            super()._save_optimizer_and_scheduler(output_dir)
-        elif self.args.should_save:
-            checkpoint.save_training_state(Path(output_dir), self.optimizer, self.lr_scheduler)
-
-    def _load_optimizer_and_scheduler(self, folder: str | None) -> None:
-        if folder is None or self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            super()._load_optimizer_and_scheduler(folder)
-        else:
-            checkpoint.load_training_state(Path(folder), self.optimizer, self.lr_scheduler)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        if self.args.should_save:
-            checkpoint.save_random_state(Path(output_dir))
-
-    def _load_rng_state(self, folder: str | None) -> None:
-        if folder is not None:
-            checkpoint.load_random_state(Path(folder))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        policy = self.accelerator.unwrap_model(model or self.model)
-        if POLICY in getattr(policy, "peft_config", {}):
-            load_policy(policy, Path(resume_from_checkpoint) / POLICY, self._lineage)
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
-        model = self.accelerator.unwrap_model(self.model)
-        if POLICY not in getattr(model, "peft_config", {}):
-            super()._save(output_dir, state_dict)
-            return
-        folder = Path(output_dir or self.args.output_dir)
-        save_policy(model, folder, self._lineage)
-        self.processing_class.save_pretrained(folder)

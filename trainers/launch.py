@@ -3,6 +3,7 @@
 import signal
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ..rewards.read_ahead import ReadAhead
 from .config import TrainConfig
 from .plan import Plan
 from .policy import PolicyRecipe
+from .ranks import first, together
 from .rollouts import NoWorkers
 
 Hook = Callable[[Any, Any, Any], None]
@@ -46,7 +48,7 @@ def make_pool(config: TrainConfig, recipe: PolicyRecipe, tokenizer: Any) -> Any:
 def train(
     run: Plan, *, before: Hook | None = None, after: Hook | None = None, say: Callable[[str], None] = print
 ) -> Path:
-    """Train as planned; returns the last checkpoint's folder.
+    """Train as planned; returns the last checkpoint's folder. Of several processes, only the first writes and audits.
 
     Args:
         run: from `plan`.
@@ -61,9 +63,14 @@ def train(
     from .run_folder import prepare, write_state
 
     config, out = run.config, run.config.output
-    prepare(out, config.resolved(), run.facts | {"comparator": config.comparator}, run.start)
     step, steps = run.start.step, run.grpo.max_steps
-    write_state(out, "running", step, steps)
+    together()  # all have planned, and seen the folder as it was
+    if first():
+        prepare(out, config.resolved(), run.facts | {"comparator": config.comparator}, run.start)
+        write_state(out, "running", step, steps)
+    else:
+        say = _silent
+    together()
     recipe = PolicyRecipe(
         model=config.model,
         adapters=tuple(config.adapters),
@@ -89,6 +96,10 @@ def train(
             pool.close()
     write_state(out, "finished", steps, steps)
     return checkpoint
+
+
+def _silent(line: str) -> None:
+    """Lines of a process that does not speak."""
 
 
 def _reached(out: Path) -> int:
@@ -120,6 +131,7 @@ def _train(
     from transformers.trainer_callback import PrinterCallback
 
     from .grpo import PolicyTrainer
+    from .ppo import PPOTrainer
     from .remote_reward import on_workers
     from .rollout_func import PoolRollouts
     from .step_log import StepLog
@@ -127,7 +139,7 @@ def _train(
     config, out = run.config, run.config.output
     torch.manual_seed(config.seed)
     model, tokenizer, lineage = recipe.build()
-    if before is not None:
+    if before is not None and first():
         before(model, tokenizer, pool)
     here = [r for r, spec in zip(run.rewards, config.rewards, strict=True) if spec.on == "trainer"]
     readers = _read_ahead(here)
@@ -138,10 +150,12 @@ def _train(
         tags=config.data.delimiters,
         scenarios=run.scenarios,
         ahead=(lambda told: [reader.begin(_readable(told)) for reader in readers]) if readers else None,
+        staleness=config.rollouts.staleness,
     )
     correction = config.rollouts.correction
     if correction == "auto":
-        correction = "off" if config.rollouts.dtype in (None, config.dtype) else "token"
+        same = config.rollouts.dtype in (None, config.dtype) and not config.rollouts.staleness
+        correction = "off" if same else "token"
     group = run.grpo.num_generations
     rewards = [
         on_workers(reward, spec, config.folder, pool, group) if spec.on == "workers" else reward
@@ -149,7 +163,8 @@ def _train(
     ]
     with quiet_libraries(), progress("training", run.grpo.max_steps, run.start.step, lines=False) as done:
         log = StepLog(out, say, done)
-        trainer = PolicyTrainer(
+        kind = partial(PPOTrainer, ppo=config.ppo) if config.algorithm == "ppo" else PolicyTrainer
+        trainer = kind(
             model=model,
             args=run.grpo,
             train_dataset=to_dataset(run.scenarios),
@@ -171,9 +186,11 @@ def _train(
         except NoWorkers:
             trainer.save_final()
             raise
+        finally:
+            rollouts.close()
     if log.signal is not None and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(log.signal)
     checkpoint = trainer.save_final()
-    if after is not None:
+    if after is not None and first():
         after(model, tokenizer, pool)
     return checkpoint

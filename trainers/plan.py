@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ..envs.dataset import mixed, setting
+from ..envs.dataset import mixed, mixed_pairs, setting
 from ..envs.requests import load_requests
 from ..envs.scenario import Scenario, scenarios
 from ..errors import UnfeignError
@@ -143,9 +143,14 @@ def plan(config: TrainConfig, resume: Resume = "never") -> Plan:
         if spec.on == "workers" and config.rollouts.backend != "ray":
             found = f"rollouts.backend: {config.rollouts.backend}"
             raise UnfeignError("rollouts.backend: ray, for a reward on workers", found, f"rewards[{number}].on")
+    if config.rollouts.staleness and config.rollouts.backend != "ray":
+        found = f"rollouts.backend: {config.rollouts.backend}"
+        raise UnfeignError("rollouts.backend: ray, to sample ahead", found, "rollouts.staleness")
     judges = [reward.fn.judge.name for reward in rewards if hasattr(reward.fn, "judge")]
     if auditor.name in judges and auditor.name != "rules" and not config.allow_same_judge:
         raise UnfeignError("an audit judge that differs from the training judge", repr(auditor.name), "audit.judge")
+    if config.algorithm == "ppo" and "scale_rewards" in config.grpo:
+        raise UnfeignError("ppo.whiten, for PPO", "scale_rewards", "grpo.scale_rewards")
     grpo = _grpo_arguments(config)
     source = None
     if config.data.requests is not None:
@@ -162,11 +167,26 @@ def plan(config: TrainConfig, resume: Resume = "never") -> Plan:
     for name in shares:
         if name not in have:
             raise UnfeignError(f"scenarios for data.mix.{name}", "none in the data", "data")
-    chosen = mixed(pool, shares, _prompts(grpo), config.seed)
+    paired = _check_pairs(config, rewards, grpo)
+    chosen = (mixed_pairs if paired else mixed)(pool, shares, _prompts(grpo), config.seed)
     _check_columns(config, rewards)
     _check_adapters(config)
     facts = _facts(config) | {"judges": {"training": judges, "audit": auditor.name}}
     return Plan(config, rewards, chosen, grpo, facts, start)
+
+
+def _check_pairs(config: TrainConfig, rewards: list[LoadedReward], grpo: Any) -> bool:
+    """Whether a reward compares the tiers of a pair; then every process must get whole pairs."""
+    needy = [i for i, reward in enumerate(rewards) if getattr(reward.fn, "needs_pairs", False)]
+    for i in needy:
+        if config.rewards[i].on == "workers":
+            raise UnfeignError("a reward that compares prompts to run on the trainer", "on: workers", f"rewards[{i}]")
+        prompts, rest = divmod(grpo.per_device_train_batch_size * grpo.steps_per_generation, grpo.num_generations)
+        if rest or prompts % 2:
+            expected = "per_device_train_batch_size x steps_per_generation a multiple of 2 x num_generations, for pairs"
+            found = f"{grpo.per_device_train_batch_size} x {grpo.steps_per_generation}, {grpo.num_generations}"
+            raise UnfeignError(expected, found, "grpo")
+    return bool(needy)
 
 
 def _check_columns(config: TrainConfig, rewards: list[LoadedReward]) -> None:
@@ -175,7 +195,8 @@ def _check_columns(config: TrainConfig, rewards: list[LoadedReward]) -> None:
 
     from transformers import TrainerState
 
-    rows = scenarios("train", controls=False)[:2]
+    every = scenarios("train", controls=False)
+    rows = [s for s in every if s.pair_id == every[0].pair_id]  # both tiers
     tags = rows[0].tags
     texts = [f"{tags.open_think}A thought.{tags.close_think}{tags.decline}No, thank you." for _ in rows]
     columns: dict[str, list[Any]] = {key: [row.columns()[key] for row in rows] for key in rows[0].columns()}

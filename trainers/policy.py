@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..lineage import Lineage
-from ..models import add_policy, load_base, load_tokenizer, stack
+from ..models import VALUE_HEAD, add_policy, load_base, load_tokenizer, stack
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class PolicyRecipe:
 
 
 def trained(policy: Any) -> dict[str, np.ndarray]:
-    """The trained parameters by name, as arrays that share the policy's memory on a CPU. NumPy knows no bf16: such
+    """The policy's trained parameters by name, as arrays that share its memory on a CPU. NumPy knows no bf16: such
     tensors travel as the int16 of the same bits.
     """
     import torch
@@ -50,7 +50,7 @@ def trained(policy: Any) -> dict[str, np.ndarray]:
         tensor = tensor.detach().cpu().contiguous()
         return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
-    return {name: view(parameter) for name, parameter in policy.named_parameters() if parameter.requires_grad}
+    return {name: view(p) for name, p in policy.named_parameters() if p.requires_grad and VALUE_HEAD not in name}
 
 
 def put(weights: dict[str, np.ndarray], policy: Any) -> None:

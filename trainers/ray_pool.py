@@ -189,12 +189,19 @@ class RayPool:
             slot.ready = slot.actor.load.remote(self._weights, self.version)
 
     def push(self, policy: Any, version: int) -> None:
-        self._weights = ray.put(trained(policy))
-        self.version = version
-        self._everywhere(lambda actor: actor.load.remote(self._weights, version))
+        self.load(self.snapshot(policy), version)
         if not self._compared:
             self._compare(policy)
             self._compared = True
+
+    def snapshot(self, policy: Any) -> Any:
+        """The policy's present weights, copied into the object store, for `load`."""
+        return ray.put(trained(policy))
+
+    def load(self, weights: Any, version: int) -> None:
+        """Give every worker the weights of a snapshot, under this version number."""
+        self._weights, self.version = weights, version
+        self._everywhere(lambda actor: actor.load.remote(weights, version))
 
     def _compare(self, policy: Any) -> None:
         """Once, after the first push: the workers' log-probs are the trainer's, to rounding."""

@@ -20,6 +20,7 @@ import yaml
 from ..errors import UnfeignError
 from ..files import read_json, read_text, read_yaml, write_jsonl, write_text
 from .checkpoint import resumable
+from .ranks import first
 
 Resume = Literal["auto", "never", "must"]
 State = Literal["running", "finished", "interrupted", "failed"]
@@ -102,7 +103,9 @@ def _whole_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def write_state(out: Path, state: State, step: int, steps: int, note: str = "") -> None:
-    """Say in `state.json` what the run is doing, and which process does it."""
+    """Say in `state.json` what the run is doing, and which process does it (the first, of several)."""
+    if not first():
+        return
     process = psutil.Process()
     facts = {
         "state": state,

@@ -46,7 +46,7 @@ class StepLog(TrainerCallback):
         return control
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if not logs or "loss" not in logs:  # the summary at the end
+        if not logs or "loss" not in logs or not state.is_world_process_zero:  # or: the summary at the end
             return
         seconds = time.perf_counter() - self._began
         row = {
@@ -69,8 +69,9 @@ class StepLog(TrainerCallback):
             if key in logs  # a reward need not have these terms, nor a batch a prompt where they apply
         ]
         length = logs.get("completions/mean_length", 0)
+        reward = "none" if logs["reward"] is None else f"{logs['reward']:+.2f}"  # none: every row was masked
         self._say(
-            f"step {state.global_step}/{state.max_steps}  reward {logs['reward']:+.2f}{''.join(shares)}  "
+            f"step {state.global_step}/{state.max_steps}  reward {reward}{''.join(shares)}  "
             f"length {length:.0f}  {seconds:.0f} s"
         )
 

@@ -11,6 +11,8 @@ import copy
 import torch
 from torch import nn
 
+from .models import VALUE_HEAD
+
 
 class PackedLinear(nn.Module):
     """An inference-only linear layer in oneDNN's blocked layout (fp32, CPU)."""
@@ -64,12 +66,13 @@ class FoldedModel:
             name: layer
             for name, layer in base.named_modules()
             if isinstance(layer, nn.Linear) or hasattr(layer, "get_base_layer")
-            if not any(part == "base_layer" or part.startswith("lora_") for part in name.split("."))
+            if not any(part in ("base_layer", VALUE_HEAD) or part.startswith("lora_") for part in name.split("."))
         }
         self.model = type(base)(copy.deepcopy(base.config)).eval()
         for parameter in self.model.parameters():  # not .to(): it would round the buffers of rotary positions too
             parameter.data = parameter.data.to(base.dtype)
-        plain = {k.replace(".base_layer", ""): v for k, v in base.state_dict().items() if ".lora_" not in k}
+        own = {k: v for k, v in base.state_dict().items() if ".lora_" not in k and not k.startswith(VALUE_HEAD)}
+        plain = {k.replace(".base_layer", ""): v for k, v in own.items()}
         self.model.load_state_dict(plain)
         self.model.tie_weights()
         self.model.requires_grad_(False)
@@ -95,5 +98,5 @@ class FoldedModel:
         for name, parameter in self._policy.named_parameters():
             name = name.removeprefix("base_model.model.")
             owner = name.rpartition(".")[0]
-            if parameter.requires_grad and owner not in self._layers and ".lora_" not in name:
+            if parameter.requires_grad and owner not in (*self._layers, VALUE_HEAD) and ".lora_" not in name:
                 self.model.get_parameter(name).copy_(parameter)

@@ -18,6 +18,7 @@ from .files import read_yaml, sha256
 from .lineage import Layer, Lineage, adapter_file, base_facts, fingerprint, read_lineage, verify, write_lineage
 
 POLICY = "policy"  # name of the trained adapter in a stack
+VALUE_HEAD = "value_head"  # name of PPO's head on a policy: trained with it, no part of it
 
 
 def base_location(name: str) -> str:
@@ -150,9 +151,11 @@ def stack(base: Any, base_name: str, adapters: list[str | Path]) -> tuple[Any, L
 
 
 def activate(model: Any, names: list[str], trainable: str | None = None) -> None:
-    """Make exactly these adapters active, and only `trainable` (if any) trainable."""
+    """Make exactly these adapters active, and only `trainable` (if any) trainable; a value head stays as it is."""
     model.base_model.set_adapter(names)
     for key, parameter in model.named_parameters():
+        if key.startswith(VALUE_HEAD):
+            continue
         parameter.requires_grad_(trainable is not None and f".{trainable}." in key)
 
 

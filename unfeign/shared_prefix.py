@@ -5,15 +5,19 @@ model's states of those tokens do not depend on what follows, so they are comput
 indexed (not recomputed) for every continuation. Gradients flow through the index, so training is exact too: log-probs
 equal the stock path's to rounding, at P + G*C tokens instead of G*(P + C).
 
-Not with gradient checkpointing: it drops the cache silently, so `completion_logps` refuses it by name.
+Not with gradient checkpointing: it drops the cache silently, so `completion_inputs` refuses it by name. Nor with caches
+that can't be indexed row by row (`expandable`): trainers then fall back to whole rows.
 """
 
+import inspect
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from .errors import UnfeignError
 
@@ -43,7 +47,7 @@ def _select(cache: DynamicCache, index: Tensor | None, rows: int) -> DynamicCach
 
 def _common(prompts: list[list[int]]) -> int:
     """Length of the common beginning of all prompts, leaving each at least one token."""
-    shortest = min(map(len, prompts)) - 1
+    shortest = max(0, min(map(len, prompts)) - 1)
     first, last = min(prompts), max(prompts)
     return next((i for i in range(shortest) if first[i] != last[i]), shortest)
 
@@ -128,11 +132,29 @@ def distinct(prompts: list[list[int]]) -> tuple[list[list[int]], list[int]]:
     return [list(prompt) for prompt in numbers], index
 
 
-def completion_logits(model, prompts: list[list[int]], completions: Tensor, mask: Tensor) -> Tensor:
-    """Logits that predict each completion token, (B, C, V), every distinct prompt forwarded once.
+def expandable(model) -> bool:
+    """Whether a model's cache is keys and values of every token in every layer, which is what can be branched: not a
+    recurrent state, not a sliding window, not part of an encoder-decoder.
+    """
+    config = model.config.get_text_config(decoder=True)
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"} or getattr(config, "is_encoder_decoder", False):
+        return False
+    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers) and _caches_keys(model)
+
+
+def _caches_keys(model) -> bool:
+    """Whether the model takes `past_key_values` at all: a purely recurrent one has `cache_params` instead."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "past_key_values" in inspect.signature(type(inner).forward).parameters
+
+
+def completion_inputs(model, prompts: list[list[int]], completions: Tensor, mask: Tensor) -> dict[str, Any]:
+    """Inputs for one call of the model whose outputs, (B, C, ...), predict each completion token. Every distinct prompt
+    is forwarded here, but for its last token, with which every row of the call begins.
 
     Args:
-        model: a causal LM (or PEFT model) with a dynamic cache.
+        model: a causal LM (or PEFT model) with a cache that is `expandable`.
         prompts: B rows of token ids, no padding.
         completions: (B, C) token ids, padded on the right.
         mask: (B, C), 1 for completion tokens.
@@ -143,16 +165,20 @@ def completion_logits(model, prompts: list[list[int]], completions: Tensor, mask
     if model.training and getattr(model, "is_gradient_checkpointing", False):
         raise UnfeignError("gradient_checkpointing: false (it drops cached prefixes)", "true", "shared prefix")
     unique, index = distinct(prompts)
-    rows = branch(prefill(model, unique), torch.tensor(index, device=completions.device))
-    if completions.size(1) == 1:
-        return rows.last_logits[:, None]
-    full_mask = torch.cat([rows.mask, mask.to(rows.mask.dtype)], dim=1)
-    positions = (full_mask.cumsum(1) - 1).clamp(min=0)[:, rows.mask.size(1) :]
-    out = model(
-        input_ids=completions[:, :-1],
-        attention_mask=full_mask[:, :-1],
-        position_ids=positions[:, :-1],
-        past_key_values=rows.cache,
-        use_cache=True,
-    )
-    return torch.cat([rows.last_logits[:, None], out.logits], dim=1)
+    last = torch.tensor([[prompt[-1]] for prompt in prompts], device=completions.device)
+    ones = mask.new_ones(len(prompts), 1)
+    inputs: dict[str, Any] = {
+        "input_ids": torch.cat([last, completions[:, :-1]], dim=1),
+        "attention_mask": torch.cat([ones, mask[:, :-1]], dim=1),
+    }
+    if max(map(len, unique)) > 1:
+        rows = branch(prefill(model, [p[:-1] for p in unique]), torch.tensor(index, device=completions.device))
+        inputs["attention_mask"] = torch.cat([rows.mask.to(mask.dtype), inputs["attention_mask"]], dim=1)
+        inputs["past_key_values"] = rows.cache
+    positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    return inputs | {"position_ids": positions[:, -completions.size(1) :], "use_cache": True}
+
+
+def completion_logits(model, prompts: list[list[int]], completions: Tensor, mask: Tensor) -> Tensor:
+    """Logits that predict each completion token, (B, C, V); see `completion_inputs`."""
+    return model(**completion_inputs(model, prompts, completions, mask)).logits

@@ -1,0 +1,18 @@
+"""Several processes that train one policy together, as `torchrun` or `accelerate launch` start them: which of them
+speaks and writes. TRL and accelerate see to samples, rewards and gradients.
+"""
+
+import os
+
+
+def first() -> bool:
+    """Whether this process is the one that writes the run folder, audits and prints; true where it is alone."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def together() -> None:
+    """Wait for the other processes, if there are any."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from accelerate import PartialState
+
+        PartialState().wait_for_everyone()
