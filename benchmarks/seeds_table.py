@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 from unfeign.split_persona.audit import read_findings
+from unfeign.split_persona.comparison import METRICS
 from unfeign.split_persona.metrics import difference, metrics
 from unfeign.split_persona.plots import pick
-from unfeign.training_run import ROWS
 
 
 def cell(value: dict, sign: str = "") -> str:
@@ -29,7 +29,7 @@ def main(folders: list[Path]) -> None:
     print("| percent [95%] | before |" + "".join(f" {f.name} | change |" for f in folders))
     print("|---|---|" + "---|---|" * len(folders))
     first, found = metrics(befores[0]), [metrics(rows) for rows in afters]
-    for part, name in ROWS:
+    for part, name in METRICS:
         label = name.replace("_", " ") if part == "all" else f"{part} {name.replace('_', ' ')}"
         line = f"| {label} | {cell(pick(first, part, name))} |"
         for before, after, values in zip(befores, afters, found, strict=True):

@@ -18,6 +18,7 @@ from ..rewards.judge import Judge, case, wait_for
 from ..rewards.verdict import JudgeFailure
 from ..trainers.rollout_func import render
 from ..trainers.rollouts import RolloutPool, RolloutRequest, Sampling, row_seed
+from .audit_folder import AuditFolder
 from .metrics import metrics
 
 
@@ -41,20 +42,46 @@ def collect(
     seed: int,
     sampling: Sampling,
     what: str = "sampling",
+    folder: AuditFolder | None = None,
+    batch_size: int = 64,
 ) -> list[Transcript]:
-    """One transcript a scenario, in order; `what` names the work while it goes on."""
+    """One transcript a scenario, in order; `what` names the work while it goes on.
+
+    Args:
+        folder: keeps what is sampled, in batches of `batch_size`, and is asked first.
+    """
     rendered = [render(tokenizer, s.messages) for s in asked]
     requests = [RolloutRequest(ids, _seed(seed, s)) for (ids, _), s in zip(rendered, asked, strict=True)]
+    told: list[dict[str, Any]] = []
     with progress(what, len(requests)) as done:
-        samples = pool.generate(requests, version, sampling, lambda rows, _: done(len(rows)))
+
+        def sample(some: Sequence[RolloutRequest]) -> list[dict[str, Any]]:
+            samples = pool.generate(some, version, sampling, lambda rows, _: done(len(rows)))
+            return [
+                {"text": tokenizer.decode(one.ids, skip_special_tokens=True), "truncated": one.truncated}
+                for one in samples
+            ]
+
+        if folder is None:
+            told = sample(requests)
+        else:
+            keys = [s.scenario_id for s in asked]
+            for number, kept in enumerate(folder.batches("transcripts", keys, batch_size)):
+                rows = slice(number * batch_size, (number + 1) * batch_size)
+                if kept is None:
+                    kept = sample(requests[rows])
+                    folder.add("transcripts", zip(keys[rows], kept, strict=True))
+                else:
+                    done(len(kept))
+                told += kept
     return [
         parse(
             scenario,
-            tokenizer.decode(sample.ids, skip_special_tokens=True),
-            truncated=sample.truncated,
+            one["text"],
+            truncated=one["truncated"],
             prompt_opens_think=template_opens_think(text, scenario.tags),
         )
-        for scenario, (_, text), sample in zip(asked, rendered, samples, strict=True)
+        for scenario, (_, text), one in zip(asked, rendered, told, strict=True)
     ]
 
 

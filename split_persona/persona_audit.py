@@ -14,11 +14,12 @@ import numpy as np
 
 from ..errors import UnfeignError
 from ..progress import progress
+from .audit_folder import AuditFolder
 from .baselines import asked, by_text_rows, probe, states
 from .deeds import Deed, measure, told_rows
 from .examples import Example, read_examples
 from .persona import EXAMPLES, SPIKES, Persona
-from .review import Review, reviews
+from .review import TOGETHER, Review, reviews
 
 
 def contexts(persona: Persona, rows: Sequence[Mapping[str, Any]]) -> list[list[int]]:
@@ -37,12 +38,28 @@ def contexts(persona: Persona, rows: Sequence[Mapping[str, Any]]) -> list[list[i
 
 
 def review_findings(
-    persona: Persona, rows: Sequence[dict[str, Any]], interventions: Sequence[str] | None = None
+    persona: Persona,
+    rows: Sequence[dict[str, Any]],
+    interventions: Sequence[str] | None = None,
+    folder: AuditFolder | None = None,
 ) -> list[dict[str, Any]]:
-    """Findings with the persona's reviews: `persona`, its mean `p_fail`, and a row an intervention."""
+    """Findings with the persona's reviews: `persona`, its mean `p_fail`, and a row an intervention. `folder` keeps what
+    is reviewed, and is asked first.
+    """
     texts = list(interventions or persona.facts.framing.interventions)
     usable = [i for i, row in enumerate(rows) if row.get("completion")]
-    found = reviews(persona, contexts(persona, [rows[i] for i in usable]), texts)
+    kept: list[list[list[Review]] | None] = []
+    keys = [f"{number} {rows[i]['scenario_id']}" for number, i in enumerate(usable)]
+    if folder is not None:
+        for batch in folder.batches("reviews", keys, TOGETHER):
+            kept.append(None if batch is None else [[Review(**one) for one in row["reviews"]] for row in batch])
+
+    def made(number: int, batch: list[list[Review]]) -> None:
+        if folder is not None:
+            some = ({"reviews": [_row(one) for one in reviewed]} for reviewed in batch)
+            folder.add("reviews", zip(keys[number * TOGETHER :][: len(batch)], some, strict=True))
+
+    found = reviews(persona, contexts(persona, [rows[i] for i in usable]), texts, kept=kept, made=made)
     out = [dict(row) for row in rows]
     for i, some in zip(usable, found, strict=True):
         out[i]["persona"] = {"p_fail": float(np.mean([r.p_fail for r in some])), "reviews": [_row(r) for r in some]}

@@ -138,6 +138,31 @@ def by_family(old: Mapping[str, Any] | None, new: Mapping[str, Any], names: tupl
     return figure
 
 
+def trend(found: Sequence[Mapping[str, Any]], names: Sequence[str], steps: Sequence[int] | None = None) -> "Figure":
+    """The main metrics of several audits with their intervals, in order, or over `steps`."""
+    figure = _figure(9.6, 1.9 * len(PLOTTED))
+    axes = figure.subplots(len(PLOTTED), 1, sharex=True)
+    places = list(steps) if steps is not None else list(range(len(names)))
+    for axis, (part, name, title) in zip(axes, PLOTTED, strict=True):
+        picked = [(at, pick(values, part, name)) for at, values in zip(places, found, strict=True)]
+        leaves = [(at, one) for at, one in picked if one["mean"] is not None]
+        means = [one["mean"] for _, one in leaves]
+        bars = [[max(one["mean"] - one["low"], 0), max(one["high"] - one["mean"], 0)] for _, one in leaves]
+        axis.errorbar(
+            [at for at, _ in leaves], means, yerr=list(zip(*bars, strict=True)) or None,
+            fmt="-o" if steps is not None else "o", ms=6, lw=1.6, elinewidth=2, color=PALETTE["after"],
+        )  # fmt: skip
+        axis.set_ylim(min([0.0, *(one["low"] for _, one in leaves)]) - 0.05, 1.05)
+        _shares(axis, "y")
+        _quiet(axis, title)
+    if steps is None:
+        axes[-1].set_xticks(places, names)
+        axes[-1].set_xlim(-0.5, len(names) - 0.5)
+    else:
+        axes[-1].set_xlabel("step", fontsize=9, color=PALETTE["muted"])
+    return figure
+
+
 def training_curve(curve: Sequence[Mapping[str, Any]]) -> "Figure":
     """Reward above; below it the shares of the training batches, as far as they were logged."""
     colours = {"complied": PALETTE["before"], "surfaced": PALETTE["second"], "rejected": PALETTE["third"]}

@@ -1,6 +1,6 @@
 """Asking a persona: the text of its review, and p(FAIL) from the logits at the flag, never from the text."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from ..progress import progress
 from .modes import Context, follow
 from .persona import Persona
 
+TOGETHER = 16  # transcripts whose contexts are computed together
 BATCH = 64  # rows of a transcript and an intervention that are forwarded together
 
 
@@ -34,7 +35,8 @@ def reviews(
     max_new_tokens: int | None = None,
     temperature: float = 0.0,
     seed: int = 0,
-    transcripts_at_once: int = 16,
+    kept: Sequence[list[list[Review]] | None] = (),
+    made: Callable[[int, list[list[Review]]], None] = lambda number, some: None,
     what: str = "reviewing",
 ) -> list[list[Review]]:
     """Ask every intervention of every transcript, each transcript's context computed once.
@@ -45,6 +47,8 @@ def reviews(
         max_new_tokens: length limit of a review's text, by default the persona's own; the flag is asked after it.
         temperature: of the text; at 0 it is the likeliest one.
         seed: with the row it fixes a sampled text.
+        kept: reviews that were made before, in batches of `TOGETHER` transcripts; None where they are to be made.
+        made: hears of every batch that is made, by its number.
 
     Returns:
         A list a transcript, a review an intervention. Whether a review has text is the framing's `review`.
@@ -52,8 +56,13 @@ def reviews(
     out: list[list[Review]] = []
     limit = max_new_tokens or persona.facts.review_tokens
     with progress(what, len(transcripts)) as done:
-        for at in range(0, len(transcripts), transcripts_at_once):
-            chunk = transcripts[at : at + transcripts_at_once]
+        for number, at in enumerate(range(0, len(transcripts), TOGETHER)):
+            chunk = transcripts[at : at + TOGETHER]
+            before = kept[number] if number < len(kept) else None
+            if before is not None:
+                out += before
+                done(len(chunk))
+                continue
             context = persona.read(chunk)
             rows = [(i, text) for i in range(len(chunk)) for text in interventions]
             found: list[Review] = []
@@ -63,7 +72,8 @@ def reviews(
                 seeds = [seed + (at + i) * len(interventions) + interventions.index(text) for i, text in some]
                 found += _ask(persona, here, [text for _, text in some], limit, temperature, seeds)
             n = len(interventions)
-            out += [found[i * n : (i + 1) * n] for i in range(len(chunk))]
+            made(number, batch := [found[i * n : (i + 1) * n] for i in range(len(chunk))])
+            out += batch
             done(len(chunk))
     return out
 

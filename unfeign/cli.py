@@ -1,4 +1,5 @@
-"""The command line: `unfeign train`, `audit`, `status`, `organism build`, `reward check|score`, `judge eval`.
+"""The command line: `unfeign train`, `audit`, `report`, `status`, and the groups `organism`, `persona`, `review`,
+`reward`, `judge`.
 
 Mistakes in the input end with one line and exit code 2. Heavy libraries load inside the commands, so `--help` is
 instant.
@@ -11,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from .audit_commands import agree, audit, audit_import, report, sheet
 from .errors import UnfeignError
 from .persona_commands import COMMANDS as PERSONA
 from .reward_commands import check, evaluate, score
@@ -59,120 +61,6 @@ def train(
     except (NoWorkers, WorkerError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-
-
-def audit(
-    paths: Positional[tuple[str, ...]],
-    out: Path = Path("audit"),
-    split: str = "heldout",
-    renderings: tuple[str, ...] = ("original", "paraphrase"),
-    length: str | None = None,
-    judge: str = "rules",
-    max_new_tokens: int | None = None,
-    temperature: float | None = None,
-    batch_size: int = 64,
-    seed: int = 1234,
-    dtype: str = "float32",
-    adapters: tuple[str, ...] = (),
-    persona: str | None = None,
-) -> None:
-    """Audit what a checkpoint does: matched pairs and controls, metrics, a report page.
-
-    Args:
-        paths: a base, adapter, checkpoint or run; or a transcripts.jsonl, which needs no model.
-        out: folder for findings.jsonl, metrics.json and report.html.
-        split: heldout, validation or train.
-        renderings: wordings of the situation.
-        length: short or full situations; by default the run's, or short.
-        judge: who reads the reasoning.
-        max_new_tokens: length limit of a completion, in tokens; by default the run's, or 80.
-        temperature: of sampling; by default the run's, or 0.7.
-        batch_size: rows decoded at once.
-        seed: fixes the sampling.
-        dtype: float32 or bfloat16.
-        adapters: stacked on a base given by `paths`, bottom first.
-        persona: a persona folder, or persona:NAME, that reviews every transcript; with baselines beside it.
-    """
-    if len(paths) != 1:
-        raise UnfeignError("one checkpoint or transcripts.jsonl", f"{len(paths)} paths", "audit")
-    if persona and paths[0].endswith(".jsonl"):
-        raise UnfeignError("a checkpoint, whose states a persona reads", paths[0], "--persona")
-    if out.exists() and not out.is_dir():
-        raise UnfeignError("a folder", "a file", f"--out {out}")
-    if out.exists() and any(out.iterdir()):
-        raise UnfeignError("a new folder (choose another --out)", "one that holds files", f"--out {out}")
-    for name, value in (("--temperature", temperature), ("--max-new-tokens", max_new_tokens)):
-        if value is not None and value <= 0:
-            raise UnfeignError("a number above 0", f"{value:g}", name)
-    with _quiet():
-        from .envs.transcript_file import read_transcripts
-        from .rewards.judge import judge_spec, load_judge
-        from .split_persona.audit import findings, write_audit
-        from .split_persona.report import write_report
-        from .training_run import audit_policy, print_persona, print_table
-
-        reader = load_judge(judge_spec(judge))
-        facts: dict[str, Any] = {"path": paths[0], "judge": judge}
-        if paths[0].endswith(".jsonl"):
-            rows = findings([t for _, t in read_transcripts(Path(paths[0]))], reader)
-        else:
-            from .models import load_base, load_tokenizer, resolve, run_config, stack
-            from .trainers.config import TrainConfig
-            from .trainers.rollouts import InProcessPool
-
-            base, below = resolve(paths[0])
-            asked = TrainConfig.of(run_config(Path(paths[0]).resolve()))
-            below = [*below, *adapters]
-            tokenizer = load_tokenizer(base)
-            model, lineage = stack(load_base(base, dtype), base, below)
-            how: dict[str, Any] = {
-                "split": split,
-                "renderings": renderings,
-                "length": length or asked.data.length,
-                "seed": seed,
-                "max_new_tokens": asked.audit.max_new_tokens if max_new_tokens is None else max_new_tokens,
-                "temperature": asked.rollouts.temperature if temperature is None else temperature,
-            }
-            facts |= how | {"base": base, "adapters": [str(a) for a in below]}
-            pool = InProcessPool(tokenizer, batch_size)
-            rows = audit_policy(model, tokenizer, pool, reader, tags=asked.data.delimiters, **how)
-            pool.close()
-            if persona:
-                from .split_persona.persona import load_persona, persona_folder
-                from .split_persona.persona_audit import persona_metrics, review_findings
-
-                auditor = load_persona(persona_folder(persona), model, tokenizer, lineage)
-                rows = review_findings(auditor, rows)
-                facts |= {"persona": persona_metrics(auditor, rows, persona_folder(persona)) | {"name": persona}}
-        result = write_audit(out, rows, facts)
-        reviewed = facts.get("persona")
-        told = {key: value for key, value in facts.items() if key != "persona"}
-        title = f"Audit of {paths[0]}"
-        write_report(out / "report.html", title=title, before=None, after=rows, run=told, persona=reviewed)
-    print_table({paths[0]: result})
-    if persona:
-        print_persona(facts["persona"])
-    print(f"report: {out / 'report.html'}")
-
-
-def audit_import(paths: Positional[tuple[Path, ...]], out: Path = Path("audit")) -> None:
-    """Read published evaluation files: flags parsed anew, accuracies with intervals, hand-made cases as a page.
-
-    Args:
-        paths: quantitative and qualitative result files.
-        out: folder for metrics.json and cases.html.
-    """
-    from .split_persona.published_evaluation import import_evaluations
-
-    if not paths:
-        raise UnfeignError("at least one file", "none", "audit import")
-    if out.exists() and any(out.iterdir()):
-        raise UnfeignError("a new folder (choose another --out)", "one that holds files", f"--out {out}")
-    for row in import_evaluations(paths, out)["files"]:
-        mean, low, high = (100 * (row["accuracy"][key] or 0) for key in ("mean", "low", "high"))
-        print(f"{row['mode']:6} {row['condition']}: accuracy {mean:.1f}% [{low:.1f}, {high:.1f}]", end=", ")
-        print(f"{row['parsed']} of {row['n']} parsed, {len(row['disagreements'])} disagree with the stored flag")
-    print(f"written: {out}")
 
 
 def status(runs: Positional[tuple[Path, ...]]) -> None:
@@ -235,10 +123,14 @@ def _print_plan(run: Any) -> None:
     print("dry run: nothing was started")
 
 
-COMMANDS = {"train": train, "audit": audit, "status": status}
+COMMANDS = {"train": train, "audit": audit, "report": report, "status": status}
 GROUPS: dict[str, tuple[str, dict[str, Any]]] = {
     "organism": ("Build a model organism: `unfeign organism build CONFIG`.", {"build": organism_build}),
     "persona": ("Train, ask, refit or distill an honest persona: `unfeign persona train CONFIG`.", PERSONA),
+    "review": (
+        "Read by hand: `unfeign review sheet AUDIT...`, then `unfeign review agree SHEET AUDIT...`.",
+        {"sheet": sheet, "agree": agree},
+    ),
     "reward": ("Check or score with a reward: `unfeign reward check|score SPEC`.", {"check": check, "score": score}),
     "judge": ("Compare a judge with people's labels: `unfeign judge eval JUDGE FILE`.", {"eval": evaluate}),
 }

@@ -15,25 +15,11 @@ from .envs.scenario import Scenario
 from .files import read_json, read_text, write_text
 from .rewards.judge import Judge, load_judge
 from .split_persona.audit import audit_scenarios, collect, findings, read_findings, write_audit
+from .split_persona.audit_folder import AuditFolder
+from .split_persona.comparison import METRICS
 from .split_persona.plots import pick
 from .split_persona.report import write_report
 from .trainers.rollouts import Sampling
-
-ROWS = (
-    ("monitored", "compliance"),
-    ("unmonitored", "compliance"),
-    ("all", "compliance_gap"),
-    ("monitored", "surfaced"),
-    ("monitored", "rejected"),
-    ("monitored", "faked"),
-    ("monitored", "silent_compliance"),
-    ("monitored", "hollow"),
-    ("monitored", "muddled"),
-    ("monitored", "coherent"),
-    ("control", "surfaced"),
-    ("control", "on_task"),
-    ("all", "malformed"),
-)
 
 
 def audit_policy(
@@ -50,11 +36,16 @@ def audit_policy(
     temperature: float,
     tags: Any = None,
     version: int = 0,
+    folder: AuditFolder | None = None,
+    batch_size: int = 64,
 ) -> list[dict[str, Any]]:
-    """Push a policy to a pool, sample a split's scenarios and judge them."""
+    """Push a policy to a pool, sample a split's scenarios and judge them; `folder` keeps what is sampled."""
     asked: list[Scenario] = audit_scenarios(split, renderings, length, tags)
     pool.push(model, version)
-    transcripts = collect(pool, version, tokenizer, asked, seed=seed, sampling=Sampling(max_new_tokens, temperature))
+    transcripts = collect(
+        pool, version, tokenizer, asked,
+        seed=seed, sampling=Sampling(max_new_tokens, temperature), folder=folder, batch_size=batch_size,
+    )  # fmt: skip
     return findings(transcripts, judge)
 
 
@@ -173,7 +164,7 @@ def print_table(results: dict[str, dict[str, Any]], title: str | None = None) ->
     table.add_column("metric")
     for name in results:
         table.add_column(name, justify="right")
-    for block, name in ROWS:
+    for block, name in METRICS:
         label = name if block == "all" else f"{block} {name}"
         table.add_row(label.replace("_", " "), *(_cell(pick(result, block, name)) for result in results.values()))
     Console().print(table)

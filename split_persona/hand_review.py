@@ -1,0 +1,108 @@
+"""Reading by hand: a sheet shows a reader the words and nothing else; then, how far the judge agrees with the reader.
+
+A transcript's key is a digest, so a filled sheet finds its findings again and tells the reader nothing.
+"""
+
+import csv
+import hashlib
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import UnfeignError
+from ..files import read_jsonl
+from .audit import read_findings
+from .comparison import audited
+
+LABELS = ("surfaced", "rejected", "muddled")
+SHOWN = ("key", "request", "reasoning", "decision_tag", "answer")
+WORDS = {"yes": True, "y": True, "true": True, "1": True, "no": False, "n": False, "false": False, "0": False}
+
+
+def _keyed(folder: Path) -> dict[str, dict[str, Any]]:
+    """Findings of an audit without controls, by key."""
+    rows = [row for row in read_findings(audited(folder)) if not row["control"]]
+    return {hashlib.sha256(f"{folder.name}/{row['id']}".encode()).hexdigest()[:10]: row for row in rows}
+
+
+def write_sheet(audits: Sequence[Path], out: Path, n: int, seed: int) -> int:
+    """Write a CSV sheet; returns how many transcripts are on it."""
+    sheet = []
+    for folder in audits:
+        found = _keyed(folder)
+        for key in random.Random(f"{seed} {folder.name}").sample(sorted(found), min(n, len(found))):
+            row = found[key]
+            told = (key, row["user"], row["reasoning"], row["decision"] or "", row["answer"])
+            sheet.append(dict(zip(SHOWN, told, strict=True)) | dict.fromkeys(LABELS, ""))
+    random.Random(seed).shuffle(sheet)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("w", encoding="utf-8", errors="replace", newline="") as file:
+        writer = csv.DictWriter(file, [*SHOWN, *LABELS])
+        writer.writeheader()
+        writer.writerows(sheet)
+    return len(sheet)
+
+
+def read_labels(path: Path) -> dict[str, dict[str, bool]]:
+    """A reader's labels by key; rows left empty are not there.
+
+    Raises:
+        UnfeignError: a column is absent, or a label is neither yes nor no; names the line.
+    """
+    if path.suffix == ".jsonl":
+        return {row["key"]: {x: bool(row[x]) for x in LABELS if x in row} for row in read_jsonl(path)}
+    out = {}
+    with path.open(encoding="utf-8", newline="") as file:
+        reader = csv.DictReader(file)
+        if missing := {"key", *LABELS} - set(reader.fieldnames or ()):
+            raise UnfeignError(f"columns key, {', '.join(LABELS)}", f"no {', '.join(sorted(missing))}", str(path))
+        for row in reader:
+            told = {}
+            for label in LABELS:
+                word = (row[label] or "").strip().lower()
+                if word and word not in WORDS:
+                    raise UnfeignError(f"yes or no in {label!r}", repr(row[label]), f"{path}:{reader.line_num}")
+                if word:
+                    told[label] = WORDS[word]
+            if told:
+                out[row["key"]] = told
+    return out
+
+
+def kappa(pairs: Sequence[tuple[bool, bool]]) -> float:
+    """Cohen's kappa of two readers; 1 where both give one and the same label throughout."""
+    same = sum(a == b for a, b in pairs) / len(pairs)
+    a, b = (sum(side) / len(pairs) for side in zip(*pairs, strict=True))
+    chance = a * b + (1 - a) * (1 - b)
+    return 1.0 if chance == 1 else (same - chance) / (1 - chance)
+
+
+def agreement(labels: Path, audits: Sequence[Path]) -> dict[str, dict[str, Any]]:
+    """For each audit, and for `all`: `n` read, and by label (share of agreement, kappa), None where nothing was read.
+
+    Raises:
+        UnfeignError: see `read_labels`; or no key of the sheet is of these audits.
+    """
+    read = read_labels(labels)
+    every: dict[str, list[tuple[bool, bool]]] = {label: [] for label in LABELS}
+    out: dict[str, dict[str, Any]] = {}
+
+    def told(pairs: dict[str, list[tuple[bool, bool]]]) -> dict[str, Any]:
+        return {
+            "n": max(map(len, pairs.values())),
+            **{x: (sum(a == b for a, b in p) / len(p), kappa(p)) if p else None for x, p in pairs.items()},
+        }
+
+    for folder in audits:
+        pairs: dict[str, list[tuple[bool, bool]]] = {label: [] for label in LABELS}
+        for key, row in _keyed(folder).items():
+            if row["verdict"]:
+                for label, value in read.get(key, {}).items():
+                    pairs[label].append((bool(row["verdict"].get(label)), value))
+        for label in LABELS:
+            every[label] += pairs[label]
+        out[str(folder)] = told(pairs)
+    if not any(every.values()):
+        raise UnfeignError("labels of transcripts of these audits", f"{len(read)} of others", str(labels))
+    return out | ({"all": told(every)} if len(audits) > 1 else {})
