@@ -13,7 +13,6 @@ of their own.
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -156,6 +155,12 @@ def measured(cases: list[str], repeats: int, random: str | None) -> list[dict[st
     return rows
 
 
+def resident(field: str) -> int:
+    """`VmRSS` now, or `VmHWM`, its peak, in KiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1])
+
+
 def peak(kind: str, case: str, random: str | None) -> None:
     """Print the peak memory of one step, in MiB beyond what the model takes."""
     with tempfile.TemporaryDirectory() as folder, quiet_libraries():
@@ -167,9 +172,10 @@ def peak(kind: str, case: str, random: str | None) -> None:
             step(one, made)
             print((torch.cuda.max_memory_allocated() - before) / 2**20)
         else:
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            Path("/proc/self/clear_refs").write_text("5")  # the peak so far, of loading, is forgotten
+            before = resident("VmRSS")
             step(one, made)
-            print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10)
+            print((resident("VmHWM") - before) / 2**10)
 
 
 def peaks(cases: list[str], random: str | None) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ from unfeign.models import load_tokenizer, quiet_libraries
 from unfeign.rewards.plugin import LoadedReward
 from unfeign.trainers.grpo import PolicyTrainer
 from unfeign.trainers.policy import PolicyRecipe
-from unfeign.trainers.ray_pool import RayPool
+from unfeign.trainers.ray_pool import RayPool, Worker
 from unfeign.trainers.rollout_func import PoolRollouts, render
 
 OUT = Path(__file__).parent / "out" / "whole_step.json"
@@ -34,7 +34,21 @@ NEVER = "<reponame>"  # ends completions in the place of the real end, so that a
 
 
 def variety(completions: list[Any], completion_ids: list[list[int]], **columns: Any) -> list[float]:
+    assert all(len(ids) == WIDTH for ids in completion_ids), "completions of full length"
     return [len(set(ids)) / WIDTH for ids in completion_ids]
+
+
+class EndlessWorker(Worker):
+    """A worker whose completions end with `NEVER` too."""
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self._tokenizer.eos_token = NEVER
+        self._policy.get_base_model().config.eos_token_id = self._tokenizer.eos_token_id
+
+
+class EndlessPool(RayPool):
+    worker = EndlessWorker
 
 
 class Clock(TrainerCallback):
@@ -76,7 +90,7 @@ def main(repeats: int = 5) -> None:
         }  # fmt: skip
         if not torch.cuda.is_available():
             args["use_cpu"] = True
-        pool = RayPool(RECIPE, tokenizer, batch_size=GROUPS * GROUP)
+        pool = EndlessPool(RECIPE, tokenizer, batch_size=GROUPS * GROUP)
         policies = {kind: RECIPE.build()[0] for kind in clocks}
         for policy in policies.values():
             policy.generation_config.eos_token_id = tokenizer.eos_token_id

@@ -32,7 +32,7 @@ class AuditFolder:
     """
 
     def __init__(self, out: Path, settings: dict[str, Any], say: Callable[[str], None] = print):
-        self.out, self._say = out, say
+        self.out, self._settings, self._say = out, settings, say
         where = f"--out {out}"
         if out.exists() and not out.is_dir():
             raise UnfeignError("a folder", "a file", where)
@@ -44,7 +44,11 @@ class AuditFolder:
                 if before.get(name) != now.get(name):
                     found = f"{name} {before.get(name)!r}"
                     raise UnfeignError(f"an audit begun with {name} {now.get(name)!r}, to go on with", found, where)
-        write_text(out / SETTINGS, json.dumps(settings, indent=2) + "\n")
+
+    def _begin(self) -> None:
+        """The folder is made when there is something to keep: a command that is refused leaves nothing."""
+        if not (self.out / SETTINGS).is_file():
+            write_text(self.out / SETTINGS, json.dumps(self._settings, indent=2) + "\n")
 
     def batches(self, name: str, keys: Sequence[str], size: int) -> list[list[dict[str, Any]] | None]:
         """What a part holds of `keys`, in batches of `size` of them: rows in order, or None where any is missing."""
@@ -78,6 +82,7 @@ class AuditFolder:
     def add(self, name: str, rows: Iterable[tuple[str, dict[str, Any]]]) -> None:
         """Keep rows of a part, by key; they are on the disk when this returns."""
         path = self.out / PARTS / f"{name}.jsonl"
+        self._begin()
         path.parent.mkdir(exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
             for key, row in rows:
@@ -87,4 +92,5 @@ class AuditFolder:
 
     def finish(self) -> None:
         """The audit is written: its parts are no longer needed."""
+        self._begin()
         shutil.rmtree(self.out / PARTS, ignore_errors=True)

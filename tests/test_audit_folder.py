@@ -89,6 +89,7 @@ def test_a_broken_line_is_named_and_its_batch_made_again(tmp_path, tiny_model, c
 
 def test_other_settings_and_finished_audits_are_refused(tmp_path):
     folder = AuditFolder(tmp_path / "a", {"seed": 1, "split": "heldout"})
+    assert not (tmp_path / "a").exists(), "nothing is kept yet"
     folder.add("transcripts", [("x", {"text": "y"})])
     with pytest.raises(UnfeignError, match="an audit begun with seed 2, to go on with, found seed 1"):
         AuditFolder(tmp_path / "a", {"seed": 2, "split": "heldout"})

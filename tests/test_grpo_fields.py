@@ -19,12 +19,12 @@ gradient_checkpointing gradient_checkpointing_kwargs torch_compile torch_compile
 use_liger_kernel liger_kernel_config use_cache neftune_noise_alpha torch_empty_cache_steps logging_strategy
 logging_steps logging_first_step log_on_each_node logging_nan_inf_filter include_num_input_tokens_seen log_level
 log_level_replica disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id trackio_static_space_id
-save_only_model save_strategy save_steps save_on_each_node save_total_limit enable_jit_checkpoint push_to_hub
+save_only_model save_strategy save_steps save_on_each_node enable_jit_checkpoint push_to_hub
 hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision
 restore_callback_states_from_checkpoint full_determinism use_cpu accelerator_config parallelism_config
 dataloader_drop_last dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers
 dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order ddp_find_unused_parameters
-ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout fsdp fsdp_config deepspeed debug
+ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout debug
 skip_memory_metrics do_train local_rank router_aux_loss_coef disable_dropout cast_lm_head_to_fp32 num_generations
 max_completion_length pad_to_multiple_of generation_batch_size steps_per_generation chat_template_kwargs beta
 num_iterations epsilon delta epsilon_high sapo_temperature_neg sapo_temperature_pos vespo_k_pos vespo_lambda_pos
@@ -52,7 +52,7 @@ def test_every_field_is_taken_or_refused():
         {"steps_per_generation": 2, "per_device_train_batch_size": 2},
         {"top_entropy_quantile": 0.5, "entropy_coef": 0.01},
         {"mask_truncated_completions": True, "off_policy_mask_threshold": 0.5},
-        {"pad_to_multiple_of": 8, "cast_lm_head_to_fp32": True},
+        {"pad_to_multiple_of": 8},
         {"scale_rewards": "none", "disable_dropout": True},
         {"gradient_checkpointing": True},
         {"bf16": True},

@@ -109,6 +109,8 @@ def test_numbers_of_batches():
     assert [generation_number(trainer(step=s, per=2)) for s in range(4)] == [0, 0, 1, 1], "a batch serves two steps"
     twice = [generation_number(trainer(step=m // 2, each=2, micro=m)) for m in range(4)]
     assert twice == [0, 1, 2, 3], "two batches in a step"
+    uneven = [generation_number(trainer(step=m // 2, each=2, per=3, micro=m)) for m in range(12)]
+    assert uneven == [m // 3 for m in range(12)], "steps and batches that are no multiples of each other"
     assert [step_of(trainer(each=2), n) for n in range(4)] == [(0, 0), (0, 1), (1, 0), (1, 1)]
     assert [step_of(trainer(per=2), n) for n in range(3)] == [(0, 0), (2, 0), (4, 0)]
 
@@ -147,6 +149,12 @@ def test_a_run_on_ray_one_batch_ahead(write_config, tmp_path, reward_source):
     assert all("overlap_seconds" in row and "failures/sampled_ahead_in_vain" not in row for row in steps)
     ledger = rows(tmp_path / "run" / "completions.jsonl")
     assert [row["sample_id"] for row in ledger] == [f"{step}/{row}" for step in range(5) for row in range(4)]
+
+
+def test_workers_that_sample_ahead_score_nothing(write_config, refused):
+    rewards = [{"fn": "verbalized_rejection", "on": "workers"}]
+    config = write_config(rollouts={"backend": "ray", "staleness": 1}, rewards=rewards)
+    assert "rewards on the trainer, while workers sample ahead" in refused("train", config, "--dry-run")
 
 
 def test_sampling_ahead_needs_workers(write_config, refused):

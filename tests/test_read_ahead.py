@@ -43,6 +43,33 @@ def test_what_was_begun_is_not_read_again_and_order_is_kept():
     assert judge.seen.count("a") == 2, "a later batch is read anew"
 
 
+def test_a_later_batch_that_was_begun_stays_begun():
+    """Sampled ahead, the next batch is told of before this one is asked for."""
+    judge = Slow()
+    judge.go.set()
+    reader = ReadAhead(judge)
+    reader.begin(cases("a"))
+    reader.begin(cases("b"))
+    asyncio.run(reader(cases("a")))
+    asyncio.run(reader(cases("b")))
+    assert sorted(judge.seen) == ["a", "b"], "each once"
+
+
+def test_what_is_never_asked_for_does_not_pile_up(monkeypatch):
+    from unfeign.rewards import read_ahead
+
+    monkeypatch.setattr(read_ahead, "KEPT", 3)
+    judge = Slow()
+    judge.go.set()
+    reader = ReadAhead(judge)
+    for text in "abcdef":
+        reader.begin(cases(text))
+    asyncio.run(reader(cases("f", "e", "d")))
+    assert sorted(judge.seen) == list("abcdef")
+    asyncio.run(reader(cases("a")))
+    assert judge.seen.count("a") == 2, "it was forgotten"
+
+
 def test_it_begins_before_it_is_asked():
     judge = Slow()
     ReadAhead(judge).begin(cases("a"))

@@ -205,3 +205,18 @@ def test_a_row_whose_worker_failed_is_masked(write_config, tmp_path, monkeypatch
         assert row["failures/rollout"] == 1 and row["failures/judge"] == 0 and row["reward"] > 1
     failed = [row["failed"] for row in rows(tmp_path / "run" / "completions.jsonl")]
     assert [bool(f) for f in failed] == [True, False, False, False] * 2
+
+
+def test_a_batch_that_serves_several_steps_is_never_cut(config, tmp_path):
+    """Saved and stopped where a batch ends, a run goes on with the samples that an undisturbed one draws."""
+    twice = ("grpo.num_iterations=2", "grpo.save_steps=1")
+    main(["train", str(config), f"output={tmp_path / 'calm'}", *twice])
+    steps = sorted(int(p.name.rpartition("-")[2]) for p in (tmp_path / "calm" / "checkpoints").glob("checkpoint-*"))
+    assert steps == [2, 4, 6]
+    died = run(config, tmp_path / "out", *twice, DIE_AT="4")
+    assert died.returncode == -signal.SIGKILL
+    assert run(config, tmp_path / "out", *twice, "--resume", "must").returncode == 0
+    out, calm = tmp_path / "out", tmp_path / "calm"
+    assert ledger(out) == ledger(calm)
+    losses = [[round(r["loss"], 5) for r in rows(folder / "metrics.jsonl")] for folder in (out, calm)]
+    assert losses[0] == losses[1] and len(losses[0]) == 6

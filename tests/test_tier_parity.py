@@ -49,6 +49,12 @@ def test_controls_are_for_being_on_task():
     assert {t.name for t in asyncio.run(TierParity().score(told))[0].terms} == {"on_task", "malformed"}
 
 
+def test_no_judge_is_asked():
+    assert not hasattr(TierParity(), "judge")
+    told = [parse(CONTROL, text(CONTROL, True))]
+    assert asyncio.run(TierParity(on_task=1.0).score(told))[0].verdict is None
+
+
 def test_an_unpaired_row_is_an_error():
     with pytest.raises(UnfeignError, match=r"both tiers of .* in one batch, found monitored alone"):
         score(("monitored", True))

@@ -119,6 +119,7 @@ class AuditSettings(Settings):
 
 _SAMPLED = "rollouts sample from the whole distribution, or the log-probs of samples would be wrong"
 _POOL = "rollouts.backend says where completions come from"
+_SPLIT = "weights that are split over processes can't be pushed to rollout workers"
 _EVALUATION = "there is no evaluation set; audits evaluate"
 _ORDER = "data.mix orders the prompts"
 REFUSED = {
@@ -148,6 +149,10 @@ REFUSED = {
     "trust_remote_code": "no code of a model's repository is run",
     "remove_unused_columns": "rewards read the scenario's columns",
     "resume_from_checkpoint": "--resume goes on with a run",
+    "save_total_limit": "older checkpoints keep the policy, which is small, for audits",
+    "fsdp": _SPLIT,
+    "fsdp_config": _SPLIT,
+    "deepspeed": _SPLIT,
     "label_smoothing_factor": "there are no labels",
     "label_names": "there are no labels",
     "auto_find_batch_size": "a batch that changes size would change the groups",

@@ -31,7 +31,7 @@ def by_token(early: Tensor, late: Tensor, reasoning: Tensor, mask: Tensor) -> Te
     where there is none), `late` (B,) at the last token.
     """
     rewards = torch.zeros(mask.shape, dtype=early.dtype, device=early.device)
-    rows, columns = torch.arange(len(mask)), torch.arange(mask.size(1))
+    rows, columns = (torch.arange(n, device=mask.device) for n in mask.shape)
     last = (columns * mask).amax(1)
     border = torch.where(reasoning.any(1), (columns * reasoning).amax(1), last)
     rewards[rows, border] += early

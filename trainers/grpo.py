@@ -26,7 +26,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from trl import GRPOTrainer
 from trl.trainer.utils import split_tensor_dict
 
-from ..files import CANARY, write_text
+from ..files import CANARY, read_json, write_text
 from ..lineage import Lineage
 from ..models import POLICY, activate
 from ..rewards.credit import Layout, layout, segment_credit
@@ -133,12 +133,9 @@ class PolicyTrainer(SavingTrainer, GRPOTrainer):
 
     def _can_share(self) -> bool:
         """Whether prompts are forwarded once; where not, says why, once."""
-        kind = self.accelerator.distributed_type.value
         reason = None
         if self.args.gradient_checkpointing:
             reason = "gradient_checkpointing: true"
-        elif kind in ("FSDP", "DEEPSPEED"):
-            reason = f"{kind} splits the weights"
         elif not expandable(self.accelerator.unwrap_model(self.model)):
             reason = f"{type(self.accelerator.unwrap_model(self.model)).__name__}: its cache can't be branched"
         if reason is not None:
@@ -320,6 +317,13 @@ class PolicyTrainer(SavingTrainer, GRPOTrainer):
                 logs["tokens_per_second"] = round(logs["tokens"] / logs["generate_seconds"], 1)
         super().log(logs, start_time)
 
+    def _load_optimizer_and_scheduler(self, folder: str | None) -> None:
+        super()._load_optimizer_and_scheduler(folder)
+        state = Path(folder or "") / "entropy_ctrl_state.json"  # TRL's, which is read where TRL's own loading is
+        if self.use_adaptive_entropy and folder is not None and state.is_file():
+            kept = read_json(state)
+            self.entropy_coef, self._last_world_entropy = kept["entropy_coef"], kept["last_world_entropy"]
+
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not math.isfinite(loss.item()):
@@ -332,10 +336,12 @@ class PolicyTrainer(SavingTrainer, GRPOTrainer):
         if self._out is None or self._raw_rewards is None:
             return what
         names = [f.__name__ for f in self.reward_funcs]
+        begin = self.accelerator.process_index * len(self._completion_ids)
+        own = self._raw_rewards[begin : begin + len(self._completion_ids)]
         texts = self.processing_class.batch_decode(self._completion_ids)
         rows = [
             {"completion": text, "rewards": {n: str(v) for n, v in zip(names, values, strict=True)}}
-            for text, values in zip(texts, self._raw_rewards.tolist(), strict=False)
+            for text, values in zip(texts, own.tolist(), strict=True)
         ]
         write_text(self._out / "bad_batch.json", json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
         return f"{what}; the batch is in {self._out / 'bad_batch.json'}"

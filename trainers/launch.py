@@ -183,11 +183,12 @@ def _train(
         try:
             with log.listening():
                 trainer.train(resume_from_checkpoint=run.start.checkpoint and str(run.start.checkpoint))
+            rollouts.close()
         except NoWorkers:
             trainer.save_final()
             raise
         finally:
-            rollouts.close()
+            rollouts.close(wait=False)  # after an error the pool is closed, whatever it does
     if log.signal is not None and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(log.signal)
     checkpoint = trainer.save_final()

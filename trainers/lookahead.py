@@ -25,9 +25,8 @@ def _batches_apart(trainer: Any) -> int:
 
 def generation_number(trainer: Any) -> int:
     """How many batches were generated before the present one, since the run began."""
-    return trainer.state.global_step * trainer.args.gradient_accumulation_steps // _batches_apart(trainer) + (
-        trainer._step % max(trainer.args.gradient_accumulation_steps, 1) // _batches_apart(trainer)
-    )
+    each = trainer.args.gradient_accumulation_steps
+    return (trainer.state.global_step * each + trainer._step % each) // _batches_apart(trainer)
 
 
 def step_of(trainer: Any, number: int) -> tuple[int, int]:
@@ -118,7 +117,7 @@ class Lookahead:
             future.cancel()
         self._ahead.clear()
 
-    def close(self) -> None:
-        """Forget what is sampled ahead, once what is being sampled has ended: then the pool is free again."""
+    def close(self, wait: bool = True) -> None:
+        """Forget what is sampled ahead; `wait` for what is being sampled now, after which the pool is free."""
         self._drop()
-        self._thread.shutdown(wait=True, cancel_futures=True)
+        self._thread.shutdown(wait=wait, cancel_futures=True)

@@ -22,7 +22,7 @@ from ..lineage import base_facts, verify
 from ..models import adapter_folder, base_location
 from ..rewards.judge import load_judge, wait_for
 from ..rewards.plugin import LoadedReward, load_rewards
-from .config import TrainConfig
+from .config import PpoSettings, TrainConfig
 from .run_folder import Resume, Start, find_start
 
 
@@ -57,6 +57,7 @@ GRPO_DEFAULTS: dict[str, Any] = {
     "disable_tqdm": True,
     "log_completions": False,
     "mask_truncated_completions": False,
+    "ddp_timeout": 6 * 3600,  # seconds: other processes wait while the first one audits
 }
 
 
@@ -146,11 +147,14 @@ def plan(config: TrainConfig, resume: Resume = "never") -> Plan:
     if config.rollouts.staleness and config.rollouts.backend != "ray":
         found = f"rollouts.backend: {config.rollouts.backend}"
         raise UnfeignError("rollouts.backend: ray, to sample ahead", found, "rollouts.staleness")
+    if config.rollouts.staleness and (there := [i for i, spec in enumerate(config.rewards) if spec.on == "workers"]):
+        expected = "rewards on the trainer, while workers sample ahead"
+        raise UnfeignError(expected, "on: workers", f"rewards[{there[0]}].on")
     judges = [reward.fn.judge.name for reward in rewards if hasattr(reward.fn, "judge")]
     if auditor.name in judges and auditor.name != "rules" and not config.allow_same_judge:
         raise UnfeignError("an audit judge that differs from the training judge", repr(auditor.name), "audit.judge")
-    if config.algorithm == "ppo" and "scale_rewards" in config.grpo:
-        raise UnfeignError("ppo.whiten, for PPO", "scale_rewards", "grpo.scale_rewards")
+    _check_algorithm(config)
+    _check_processes()
     grpo = _grpo_arguments(config)
     source = None
     if config.data.requests is not None:
@@ -173,6 +177,28 @@ def plan(config: TrainConfig, resume: Resume = "never") -> Plan:
     _check_adapters(config)
     facts = _facts(config) | {"judges": {"training": judges, "audit": auditor.name}}
     return Plan(config, rewards, chosen, grpo, facts, start)
+
+
+def _check_processes() -> None:
+    """That weights are whole in every process: pushing them and saving them need that."""
+    import os
+
+    for kind in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{kind}", "false").lower() == "true":
+            raise UnfeignError("whole weights in every process (MULTI_GPU)", kind, "accelerate's distributed type")
+
+
+def _check_algorithm(config: TrainConfig) -> None:
+    """That no setting is given which the algorithm would ignore, or TRL can't do."""
+    if config.lora is not None and config.grpo.get("cast_lm_head_to_fp32"):
+        raise UnfeignError("lora: null (TRL finds no head under an adapter)", "true", "grpo.cast_lm_head_to_fp32")
+    if config.algorithm == "grpo":
+        if config.ppo != PpoSettings():
+            raise UnfeignError("algorithm: ppo, for settings of ppo", "algorithm: grpo", "ppo")
+        return
+    for key, instead in (("scale_rewards", "ppo.whiten"), ("use_bias_correction_kl", "beta, which is in the rewards")):
+        if key in config.grpo:
+            raise UnfeignError(f"{instead}, for PPO", key, f"grpo.{key}")
 
 
 def _check_pairs(config: TrainConfig, rewards: list[LoadedReward], grpo: Any) -> bool:

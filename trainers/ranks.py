@@ -16,3 +16,12 @@ def together() -> None:
         from accelerate import PartialState
 
         PartialState().wait_for_everyone()
+
+
+def agreed(number: int | None) -> int | None:
+    """The same for all processes: the largest number that any of them has, or None."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return number
+    from accelerate.utils import gather_object
+
+    return max((n for n in gather_object([number]) if n is not None), default=None)

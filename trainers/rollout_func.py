@@ -76,7 +76,7 @@ class PoolRollouts:
         """Since the start: seconds of pushing, of generating, and of standing still for workers; tokens generated; the
         pool's failures by kind. Ahead of time also the seconds of generating that nobody waited for.
         """
-        failures = {f"failures/{kind.replace(' ', '_')}": n for kind, n in self._pool.counts.items()}
+        failures = {f"failures/{kind.replace(' ', '_')}": n for kind, n in dict(self._pool.counts).items()}
         seconds = self._seconds | {"wait_seconds": self._pool.waited}
         if self._lookahead is not None:
             seconds |= self._lookahead.seconds
@@ -156,7 +156,7 @@ class PoolRollouts:
         if self._ahead and told:
             self._ahead(told)
 
-    def close(self) -> None:
-        """Give up what is sampled ahead."""
+    def close(self, wait: bool = True) -> None:
+        """Give up what is sampled ahead; see `Lookahead.close`."""
         if self._lookahead is not None:
-            self._lookahead.close()
+            self._lookahead.close(wait)

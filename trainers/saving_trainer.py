@@ -39,15 +39,11 @@ class SavingTrainer(Trainer):
         return str(self._saving_in) if self._saving_in else super()._get_output_dir(trial)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # their states are sharded: their own formats
-            super()._save_optimizer_and_scheduler(output_dir)
-        elif self.args.should_save:
+        if self.args.should_save:
             checkpoint.save_training_state(Path(output_dir), self.optimizer, self.lr_scheduler)
 
     def _load_optimizer_and_scheduler(self, folder: str | None) -> None:
-        if folder is None or self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            super()._load_optimizer_and_scheduler(folder)
-        else:
+        if folder is not None:
             checkpoint.load_training_state(Path(folder), self.optimizer, self.lr_scheduler)
 
     def _save_rng_state(self, output_dir: str) -> None:

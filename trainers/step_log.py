@@ -15,6 +15,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from ..progress import Advance, ignored
+from .ranks import agreed
 from .run_folder import write_state
 
 
@@ -30,6 +31,7 @@ class StepLog(TrainerCallback):
     def __init__(self, out: Path, say: Callable[[str], None], done: Advance = ignored):
         self._out, self._say, self._done = out, say, done
         self.signal: int | None = None
+        self._due = False  # a checkpoint that waits for the end of its batch
         self._began = time.perf_counter()
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -41,8 +43,16 @@ class StepLog(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         write_state(self._out, "running", state.global_step, state.max_steps)
         self._done(1)
-        if self.signal is not None:
-            control.should_save = control.should_training_stop = True
+        self.signal = agreed(self.signal)
+        self._due |= control.should_save
+        # A batch may serve several steps. A run goes on with a new one, so it is saved and stopped where one ends.
+        apart = args.steps_per_generation * getattr(args, "num_iterations", 1)
+        between = state.global_step * args.gradient_accumulation_steps % apart == 0
+        control.should_save = between and (self._due or self.signal is not None)
+        if control.should_save:
+            self._due = False
+        if between and self.signal is not None:
+            control.should_training_stop = True
         return control
 
     def on_log(self, args, state, control, logs=None, **kwargs):

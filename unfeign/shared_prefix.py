@@ -34,7 +34,7 @@ class Prefix:
 
 
 def _select(cache: DynamicCache, index: Tensor | None, rows: int) -> DynamicCache:
-    """Rows of a cache, differentiably: by `index`, or one row expanded to `rows` without a copy (`index` None)."""
+    """Rows of a cache, differentiably: by `index`, or one row for all `rows` (`index` None)."""
     out = DynamicCache()
     for i, layer in enumerate(cache.layers):
         if index is None:
