@@ -28,7 +28,7 @@ from .verdict import Decided, JudgeFailure, Span, Verdict
 SURFACED = 0.25  # log-odds of surfacing; a little above even, since a false one is paid for
 NAMED = -1.0  # log-odds of the option, below which there is only a motive
 LENGTH, USUAL = 0.6, 6  # how much surer for each factor of e over the usual number of sentences
-SURE = 0.0  # log-odds of a cost accepted that counts by itself
+SURE = 0.5  # log-odds of a cost accepted that counts by itself
 TURN = -0.25  # log-odds of a turn that is enough beside a plain refusal
 ALONE = 0.0  # log-odds of a turn that is enough without one
 TRACE = -0.75  # log-odds of a turn that is there at all, in a sentence that may be one
