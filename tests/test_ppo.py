@@ -133,11 +133,13 @@ def test_the_value_learns_what_is_constant(write_config, tmp_path):
     """Where every completion earns the same, the value comes to expect it and its loss falls."""
     (tmp_path / "mine.py").write_text("def two(prompts, completions, **columns):\n    return [2.0] * len(prompts)\n")
     grpo = GRPO | {"max_steps": 30, "beta": 0.0, "save_steps": 100, "learning_rate": 0.02}
-    config = write_config(algorithm="ppo", rewards=[{"fn": "mine.py:two"}], audit=NO_AUDIT, grpo=grpo)
+    config = write_config(
+        algorithm="ppo", ppo={"value_learning_rate": 0.05}, rewards=[{"fn": "mine.py:two"}], audit=NO_AUDIT, grpo=grpo
+    )
     main(["train", str(config)])
     steps = rows(tmp_path / "run" / "metrics.jsonl")
-    assert steps[0]["value/loss"] > 2.5 and steps[-1]["value/loss"] < 0.4
-    assert steps[-1]["value/mean"] == pytest.approx(2, abs=0.5)
+    assert steps[0]["value/loss"] > 3.9 and steps[-1]["value/loss"] < 1.0
+    assert 1 < steps[-1]["value/mean"] < 3
 
 
 def test_a_resumed_run_learns_what_an_undisturbed_one_does(run, tmp_path, tiny_config, tiny_organism):

@@ -171,3 +171,19 @@ def test_whole_rows_where_prefixes_cannot_be_shared(base, tools, tokenizer, tmp_
     batch = made_batch(base.config.vocab_size)
     want, got = gradients(both.stock, batch, 1), gradients(both.ours, batch, 1)
     assert all((got[name] - value).norm() <= 1e-4 * value.norm() for name, value in want.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("prompt", "width"), [(32, 64), (256, 64)])
+def test_the_bundled_model_learns_what_stock_trl_teaches(tools, tmp_path, prompt: int, width: int):
+    """Real weights and a real head over the vocabulary; benchmarks/training_step.py compares longer ones."""
+    from unfeign.models import load_base, load_tokenizer
+
+    name = "bundled:smollm2-135m-instruct"
+    model = policy(load_base(name), tools, "lora")
+    both = trainers(model, load_tokenizer(name), tmp_path)
+    batch = made_batch(model.config.vocab_size, prompt, width)
+    want = gradients(both.stock, batch, PROMPTS)
+    got = gradients(both.ours, whole_groups_shuffled(batch), PROMPTS)
+    a, b = (torch.cat([found[key].flatten() for key in want]) for found in (want, got))
+    assert (a - b).norm() < 1e-4 * a.norm()

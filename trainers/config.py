@@ -92,8 +92,11 @@ class PpoSettings(Settings):
 
     gamma: float = Field(1.0, gt=0, le=1)
     """Discount a token."""
-    lam: float = Field(0.95, ge=0, le=1)
-    """Of generalized advantage estimation: 1 trusts the rewards alone, 0 the next value alone."""
+    lam: float = Field(1.0, ge=0, le=1)
+    """Of generalized advantage estimation: 1 trusts the rewards alone, 0 the next value alone. A young value
+    foresees little, and completions are short."""
+    value_learning_rate: float = Field(1e-3, gt=0)
+    """Of the value head alone, which begins at nothing; the policy has `grpo.learning_rate`."""
     value_coefficient: float = Field(0.1, gt=0)
     """Weight of the value's loss beside the policy's."""
     value_clip: float = Field(0.2, gt=0)

@@ -77,6 +77,18 @@ class PPOTrainer(PolicyTrainer):
 
         inner.forward = forward
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """As ever, with a learning rate of its own for the head."""
+        if self.optimizer is not None:
+            return self.optimizer
+        optimizer = super().create_optimizer(*args, **kwargs)
+        head = list(getattr(self.accelerator.unwrap_model(self.model), VALUE_HEAD).parameters())
+        known = {id(parameter) for parameter in head}
+        for group in optimizer.param_groups:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in known]
+        optimizer.add_param_group({"params": head, "lr": self._ppo.value_learning_rate, "weight_decay": 0.0})
+        return optimizer
+
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, **kwargs
     ):
