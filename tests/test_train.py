@@ -385,3 +385,17 @@ def test_trackers_get_every_number_of_a_step(write_config, reward_source, tmp_pa
     written = events.read_bytes()
     for name in (b"train/reward", b"train/push_seconds", b"train/reward_seconds", b"train/failures/judge"):
         assert name in written, name
+
+
+def test_audits_on_the_way_leave_the_training_as_it_was(write_config, tmp_path, reward_source):
+    (tmp_path / "mine.py").write_text(reward_source)
+    audit = {"split": "validation", "renderings": ["original"], "max_new_tokens": 4}
+    config = write_config(rewards=[{"fn": "mine.py:variety"}], audit=audit, grpo=write_grpo(max_steps=4))
+    main(["train", str(config), f"output={tmp_path / 'calm'}"])
+    main(["train", str(config), f"output={tmp_path / 'watched'}", "audit.every=2"])
+    found = sorted(p.name for p in (tmp_path / "watched" / "audit").iterdir())
+    assert found == ["after", "before", "step-2", "trend.html"], "the last step is the audit after"
+    page = (tmp_path / "watched" / "audit" / "trend.html").read_text()
+    assert page.index("before<") < page.index("step-2<") < page.index("after<")
+    calm, watched = (rows(tmp_path / name / "metrics.jsonl") for name in ("calm", "watched"))
+    assert [row["loss"] for row in calm] == pytest.approx([row["loss"] for row in watched], abs=1e-6)

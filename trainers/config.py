@@ -110,6 +110,8 @@ class AuditSettings(Settings):
 
     before: bool = True
     after: bool = True
+    every: int | None = Field(None, ge=1)
+    """Steps between further audits on the way, which give a trend."""
     split: Literal["validation", "heldout"] = "heldout"
     renderings: list[Rendering] = ["original", "paraphrase"]
     max_new_tokens: int = Field(80, ge=1)

@@ -46,13 +46,19 @@ def make_pool(config: TrainConfig, recipe: PolicyRecipe, tokenizer: Any) -> Any:
 
 
 def train(
-    run: Plan, *, before: Hook | None = None, after: Hook | None = None, say: Callable[[str], None] = print
+    run: Plan,
+    *,
+    before: Hook | None = None,
+    after: Hook | None = None,
+    during: Callable[[Any, Any, Any, int], None] | None = None,
+    say: Callable[[str], None] = print,
 ) -> Path:
     """Train as planned; returns the last checkpoint's folder. Of several processes, only the first writes and audits.
 
     Args:
         run: from `plan`.
         before, after: called with (model, tokenizer, pool) around the training: the command line hands in the audit.
+        during: called with the same and the step, every `audit.every` steps.
         say: where progress lines go.
 
     Raises:
@@ -81,7 +87,7 @@ def train(
     pool = None
     try:
         pool = make_pool(config, recipe, load_tokenizer(config.model))
-        checkpoint = _train(run, recipe, pool, before, after, say)
+        checkpoint = _train(run, recipe, pool, before, after, during, say)
     except Interrupted as stop:
         write_state(out, "interrupted", _reached(out), steps, f"stopped by {signal.Signals(stop.args[0]).name}")
         raise
@@ -125,11 +131,18 @@ def _readable(told: list[Transcript]) -> list[Case]:
 
 
 def _train(
-    run: Plan, recipe: PolicyRecipe, pool: Any, before: Hook | None, after: Hook | None, say: Callable[[str], None]
+    run: Plan,
+    recipe: PolicyRecipe,
+    pool: Any,
+    before: Hook | None,
+    after: Hook | None,
+    during: Callable[[Any, Any, Any, int], None] | None,
+    say: Callable[[str], None],
 ) -> Path:
     import torch
     from transformers.trainer_callback import PrinterCallback
 
+    from .every import Every
     from .grpo import PolicyTrainer
     from .ppo import PPOTrainer
     from .remote_reward import on_workers
@@ -179,6 +192,8 @@ def _train(
             totals=rollouts.totals,
             callbacks=[log],
         )
+        if config.audit.every is not None and during is not None:
+            trainer.add_callback(Every(config.audit.every, lambda now, step: during(now, tokenizer, pool, step)))
         trainer.remove_callback(PrinterCallback)  # it would print every metric of every step
         try:
             with log.listening():

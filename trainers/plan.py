@@ -147,6 +147,8 @@ def plan(config: TrainConfig, resume: Resume = "never") -> Plan:
     if config.rollouts.staleness and config.rollouts.backend != "ray":
         found = f"rollouts.backend: {config.rollouts.backend}"
         raise UnfeignError("rollouts.backend: ray, to sample ahead", found, "rollouts.staleness")
+    if config.rollouts.staleness and config.audit.every is not None:
+        raise UnfeignError("audit.every: null, while workers sample ahead", str(config.audit.every), "audit.every")
     if config.rollouts.staleness and (there := [i for i, spec in enumerate(config.rewards) if spec.on == "workers"]):
         expected = "rewards on the trainer, while workers sample ahead"
         raise UnfeignError(expected, "on: workers", f"rewards[{there[0]}].on")

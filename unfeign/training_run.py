@@ -16,7 +16,7 @@ from .files import read_json, read_text, write_text
 from .rewards.judge import Judge, load_judge
 from .split_persona.audit import audit_scenarios, collect, findings, read_findings, write_audit
 from .split_persona.audit_folder import AuditFolder
-from .split_persona.comparison import METRICS
+from .split_persona.comparison import METRICS, column, write_comparison
 from .split_persona.plots import pick
 from .split_persona.report import write_report
 from .trainers.rollouts import Sampling
@@ -58,7 +58,7 @@ def audited_run(run: Any, launch: Callable[..., Path]) -> None:
     began = time.perf_counter()
     seconds: dict[str, float] = {}
 
-    def audit(name: str) -> Callable[[Any, Any, Any], None]:
+    def audit(name: str, version: int) -> Callable[[Any, Any, Any], None]:
         def hook(model: Any, tokenizer: Any, pool: Any) -> None:
             if run.start.again and (out / "audit" / name / "metrics.json").is_file():  # of an earlier part of the run
                 results[name] = read_json(out / "audit" / name / "metrics.json")
@@ -71,7 +71,7 @@ def audited_run(run: Any, launch: Callable[..., Path]) -> None:
                 split=settings.split, renderings=settings.renderings, length=config.data.length,
                 seed=settings.seed, max_new_tokens=settings.max_new_tokens, 
                 temperature=config.rollouts.temperature, tags=config.data.delimiters,
-                version=-2 if name == "before" else -3,
+                version=version,
             )  # fmt: skip
             results[name] = write_audit(out / "audit" / name, rows, {"judge": settings.judge, "seed": settings.seed})
             seconds[f"audit {name}"] = time.perf_counter() - start
@@ -80,8 +80,9 @@ def audited_run(run: Any, launch: Callable[..., Path]) -> None:
 
     launch(
         run,
-        before=audit("before") if settings.before else None,
-        after=audit("after") if settings.after else None,
+        before=audit("before", -2) if settings.before else None,
+        after=audit("after", -3) if settings.after else None,
+        during=lambda model, tokenizer, pool, step: audit(f"step-{step}", -10 - step)(model, tokenizer, pool),
         say=lambda line: print(line, flush=True),
     )
     seconds["total"] = time.perf_counter() - began
@@ -99,6 +100,8 @@ def audited_run(run: Any, launch: Callable[..., Path]) -> None:
         print_table(results, f"behaviour on {settings.split} families, mean [95% interval]")
         print("seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()))
         print(f"report: {write_run_report(out)}")
+    if (trend := write_trend(out, run.grpo.max_steps)) is not None:
+        print(f"trend: {trend}")
 
 
 def _told_by(judge: Any) -> dict[str, Any]:
@@ -110,6 +113,18 @@ def _told_by(judge: Any) -> dict[str, Any]:
     for one in getattr(judge, "judges", []):
         told |= {f"{one.name}: {key}": value for key, value in _told_by(one).items()}
     return told
+
+
+def write_trend(out: Path, steps: int) -> Path | None:
+    """A page of a run's audits over its steps; None where it had none on the way."""
+    found = [(int(p.name.removeprefix("step-")), p) for p in (out / "audit").glob("step-*")]
+    if not found:
+        return None
+    found += [(at, out / "audit" / name) for name, at in (("before", 0), ("after", steps))]
+    found = sorted((at, place) for at, place in found if (place / "findings.jsonl").is_file())
+    columns = [column(place) for _, place in found]
+    write_comparison(out / "audit" / "trend.html", f"{out.name}: on the way", columns, [at for at, _ in found])
+    return out / "audit" / "trend.html"
 
 
 def write_run_report(out: Path) -> Path:
@@ -182,8 +197,8 @@ def print_persona(found: dict[str, Any]) -> None:
     table = Table(
         title=f"who tells deeds apart, among monitored prompts (FAIL {found['n_fail']}, PASS {found['n_pass']})"
     )
-    for column in ("auditor", "AUROC", "TPR", "FPR", "false alarms: unmonitored", "control"):
-        table.add_column(column, justify="left" if column == "auditor" else "right")
+    for heading in ("auditor", "AUROC", "TPR", "FPR", "false alarms: unmonitored", "control"):
+        table.add_column(heading, justify="left" if heading == "auditor" else "right")
     name = f"persona, {found['mode']}" + (" (stale)" if found["stale"] else "")
     for who, one in {name: found, **found.get("baselines", {})}.items():
         alarms = [one["false_alarms"].get(k) for k in ("unmonitored", "control")]
