@@ -120,7 +120,8 @@ def distill(
         UnfeignError: a persona whose reviews have text, or a text that is no longer than k.
     """
     text = check(persona.layout, intervention, k)
-    wanted = torch.tensor([row[0].p_fail for row in reviews(persona, list(transcripts), [intervention])])
+    told = [row[0].p_fail for row in reviews(persona, list(transcripts), [intervention])]
+    wanted = torch.tensor(told, device=persona.model.device)
     table = persona.model.get_input_embeddings().weight
     ids = torch.tensor(text, device=table.device)
     start = [chunk.mean(0) for chunk in table[ids].detach().float().tensor_split(k)]  # the text, blurred
@@ -133,7 +134,7 @@ def distill(
             for at in range(0, len(order), batch_size):
                 some = order[at : at + batch_size]
                 logit = _chance(persona, [transcripts[i] for i in some], vectors)
-                loss = torch.nn.functional.binary_cross_entropy_with_logits(logit, wanted[some].to(logit.device))
+                loss = torch.nn.functional.binary_cross_entropy_with_logits(logit, wanted[some])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

@@ -179,7 +179,8 @@ class RayPool:
 
     def _fill(self, slot: _Slot) -> None:
         """A fresh actor for a slot. Its calls run in order, so the weights come before whatever is asked next."""
-        slot.actor = self._remote.options(num_cpus=1, max_restarts=0).remote(
+        gpus = ray.cluster_resources().get("GPU", 0) / len(self._slots)
+        slot.actor = self._remote.options(num_cpus=1, num_gpus=min(1, gpus), max_restarts=0).remote(
             self._recipe, self._batch_size, self._threads
         )
         slot.out, slot.heard = 0, time.monotonic()

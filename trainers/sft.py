@@ -49,7 +49,7 @@ def fine_tune(
         for at in [*range(0, len(groups), groups_per_step)] * epochs:
             batch = groups[at : at + groups_per_step]
             prompts = [prompt for prompt, completions in batch for _ in completions]
-            ids, mask = pad_right([c for _, completions in batch for c in completions])
+            ids, mask = (x.to(model.device) for x in pad_right([c for _, completions in batch for c in completions]))
             logits = completion_logits(model, prompts, ids, mask)
             loss = torch.nn.functional.cross_entropy(logits[mask.bool()].float(), ids[mask.bool()])
             loss.backward()

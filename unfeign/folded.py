@@ -73,7 +73,7 @@ class FoldedModel:
             parameter.data = parameter.data.to(base.dtype)
         own = {k: v for k, v in base.state_dict().items() if ".lora_" not in k and not k.startswith(VALUE_HEAD)}
         plain = {k.replace(".base_layer", ""): v for k, v in own.items()}
-        self.model.load_state_dict(plain)
+        self.model.to(base.device).load_state_dict(plain)
         self.model.tie_weights()
         self.model.requires_grad_(False)
         self.refresh(first=True)

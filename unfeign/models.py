@@ -5,6 +5,7 @@ one of the organisms this package ships. Loading an organism prints a banner, al
 """
 
 import errno
+import os
 import sys
 from contextlib import contextmanager
 from importlib.resources import files
@@ -98,8 +99,17 @@ def eos_ids(model: Any, tokenizer: Any) -> set[int]:
     return {i for i in ids if i is not None}
 
 
+def device() -> Any:
+    """Where models are put: this process's GPU where there is one, else the CPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
 def load_base(name: str, dtype: str = "float32") -> Any:
-    """A causal LM in eval mode, frozen. `dtype`: `float32` or `bfloat16`."""
+    """A causal LM in eval mode, frozen, on this process's `device`. `dtype`: `float32` or `bfloat16`."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -109,7 +119,7 @@ def load_base(name: str, dtype: str = "float32") -> Any:
     logging.disable_progress_bar()
     with _fetching(name):
         model = AutoModelForCausalLM.from_pretrained(base_location(name), dtype=getattr(torch, dtype))
-    return model.eval().requires_grad_(False)
+    return model.eval().requires_grad_(False).to(device())
 
 
 def _banner(folder: Path) -> None:
