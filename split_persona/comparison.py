@@ -110,6 +110,10 @@ def write_comparison(path: Path, title: str, columns: Sequence[Column], steps: S
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     environment.filters |= {"percent": percent}
+    notes: dict[str, list[str]] = {}
+    for one in columns:
+        for note in one.notes:
+            notes.setdefault(note, []).append(one.name)
     lines = [
         {
             "label": name.replace("_", " ") if part == "all" else f"{part} {name.replace('_', ' ')}",
@@ -129,9 +133,7 @@ def write_comparison(path: Path, title: str, columns: Sequence[Column], steps: S
         lines=lines,
         plot=plot,
         pairs=[len({row["pair_id"] for row in one.rows}) for one in columns],
-        notes=[
-            (one.name, note.removeprefix("!").strip(), note.startswith("!")) for one in columns for note in one.notes
-        ],
+        notes=[(", ".join(of), note.removeprefix("!").strip(), note.startswith("!")) for note, of in notes.items()],
         paired=any(one.before is not None for one in columns),
         reviewed=any(one.persona for one in columns),
     )
