@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from unfeign.errors import UnfeignError
-from unfeign.rewards.comparators import Pressure, ProcessPenalty
+from unfeign.rewards.comparators import Pressure, ProcessPenalty, TierParity
 from unfeign.rewards.plugin import BUILT_IN, RewardSpec, load_reward, load_rewards
 from unfeign.rewards.verbalized_rejection import VerbalizedRejection
 
@@ -61,8 +61,8 @@ def refusal(folder: Path, fn: str, **fields) -> str:
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_built_in_rewards(name, tmp_path):
     found = load(tmp_path, name, weight=2.0)
-    assert (found.name, found.weight) == (name, 2.0) and isinstance(found.fn, VerbalizedRejection)
-    assert BUILT_IN[name] in (VerbalizedRejection, Pressure, ProcessPenalty)
+    assert (found.name, found.weight) == (name, 2.0) and isinstance(found.fn, BUILT_IN[name])
+    assert BUILT_IN[name] in (VerbalizedRejection, Pressure, ProcessPenalty, TierParity)
 
 
 def test_arguments_reach_a_built_in(tmp_path):
@@ -114,7 +114,7 @@ def test_a_dotted_path(folder, monkeypatch):
     [
         (
             "verbalised_rejection",
-            "verbalized_rejection, pressure, process_penalty, package.module:name or file.py:name",
+            "verbalized_rejection, pressure, process_penalty, tier_parity, package.module:name or file.py:name",
         ),
         ("mine.py", "found 'mine.py'"),
         ("absent.py:length", "absent.py"),
