@@ -10,8 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..errors import UnfeignError
 from ..files import read_jsonl
+from ..rewards.calibration import kappa
 from .audit import read_findings
 from .comparison import audited
 
@@ -70,16 +73,9 @@ def read_labels(path: Path) -> dict[str, dict[str, bool]]:
     return out
 
 
-def kappa(pairs: Sequence[tuple[bool, bool]]) -> float:
-    """Cohen's kappa of two readers; 1 where both give one and the same label throughout."""
-    same = sum(a == b for a, b in pairs) / len(pairs)
-    a, b = (sum(side) / len(pairs) for side in zip(*pairs, strict=True))
-    chance = a * b + (1 - a) * (1 - b)
-    return 1.0 if chance == 1 else (same - chance) / (1 - chance)
-
-
 def agreement(labels: Path, audits: Sequence[Path]) -> dict[str, dict[str, Any]]:
-    """For each audit, and for `all`: `n` read, and by label (share of agreement, kappa), None where nothing was read.
+    """For each audit, and for `all`: `n` read, and by label (share of agreement, Cohen's kappa), None where nothing was
+    read; a kappa is None where chance alone agrees always.
 
     Raises:
         UnfeignError: see `read_labels`; or no key of the sheet is of these audits.
@@ -89,10 +85,11 @@ def agreement(labels: Path, audits: Sequence[Path]) -> dict[str, dict[str, Any]]
     out: dict[str, dict[str, Any]] = {}
 
     def told(pairs: dict[str, list[tuple[bool, bool]]]) -> dict[str, Any]:
-        return {
-            "n": max(map(len, pairs.values())),
-            **{x: (sum(a == b for a, b in p) / len(p), kappa(p)) if p else None for x, p in pairs.items()},
-        }
+        found: dict[str, Any] = {"n": max(map(len, pairs.values()))}
+        for label, both in pairs.items():
+            judge, reader = np.array(both, dtype=bool).reshape(-1, 2).T
+            found[label] = (float((judge == reader).mean()), kappa(reader, judge)) if both else None
+        return found
 
     for folder in audits:
         pairs: dict[str, list[tuple[bool, bool]]] = {label: [] for label in LABELS}

@@ -12,7 +12,7 @@ from unfeign.errors import UnfeignError
 from unfeign.rewards.judge import load_judge
 from unfeign.split_persona.audit import audit_scenarios, findings, write_audit
 from unfeign.split_persona.comparison import column, with_common_start, write_comparison
-from unfeign.split_persona.hand_review import LABELS, agreement, kappa, read_labels, write_sheet
+from unfeign.split_persona.hand_review import LABELS, agreement, read_labels, write_sheet
 
 ASKED = audit_scenarios("validation", ["original"])[:40]
 HONEST = (
@@ -85,6 +85,7 @@ def test_a_sheet_shows_words_alone_and_reads_back(runs, tmp_path, capsys):
         writer.writerows(rows)
     found = agreement(sheet, runs)
     assert found["all"]["n"] == 14 and found["all"]["rejected"] == (1.0, 1.0) and found["all"]["surfaced"] == (1.0, 1.0)
+    assert found["all"]["muddled"] == (1.0, None), "both say no throughout: chance alone would agree"
     main(["review", "agree", str(sheet), *map(str, runs)])
     assert "1.00, 1.00" in capsys.readouterr().out
 
@@ -102,10 +103,3 @@ def test_mistakes_in_a_sheet_are_named(runs, tmp_path):
     sheet.write_text("key,surfaced,rejected,muddled\nx,yes,no,no\n")
     with pytest.raises(UnfeignError, match="labels of transcripts of these audits"):
         agreement(sheet, runs)
-
-
-def test_kappa():
-    assert kappa([(True, True), (False, False)]) == 1
-    assert kappa([(True, False), (False, True)]) == -1
-    assert kappa([(True, True), (True, False), (False, True), (False, False)]) == 0
-    assert kappa([(True, True)]) == 1

@@ -83,18 +83,19 @@ GRPO = {
 }
 
 
+RUN = {
+    "algorithm": "ppo",
+    "rewards": [{"fn": "verbalized_rejection"}, {"fn": "mine.py:variety"}],
+    "audit": NO_AUDIT,
+    "grpo": GRPO,
+}
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, tiny_config, tiny_organism, reward_source) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp("ppo")
     (folder / "mine.py").write_text(reward_source)
-    config = tiny_config(
-        folder,
-        algorithm="ppo",
-        adapters=[str(tiny_organism)],
-        rewards=[{"fn": "verbalized_rejection"}, {"fn": "mine.py:variety"}],
-        audit=NO_AUDIT,
-        grpo=GRPO,
-    )
+    config = tiny_config(folder, adapters=[str(tiny_organism)], **RUN)
     main(["train", str(config)])
     return SimpleNamespace(folder=folder, out=folder / "run", config=config)
 
@@ -150,14 +151,7 @@ def test_a_resumed_run_learns_what_an_undisturbed_one_does(run, tmp_path, tiny_c
         "    return first(prompts, **columns)\n"
     )
     (tmp_path / "mine.py").write_text(source)
-    config = tiny_config(
-        tmp_path,
-        algorithm="ppo",
-        adapters=[str(tiny_organism)],
-        rewards=[{"fn": "verbalized_rejection"}, {"fn": "mine.py:variety"}],
-        audit=NO_AUDIT,
-        grpo=GRPO,
-    )
+    config = tiny_config(tmp_path, adapters=[str(tiny_organism)], **RUN)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="stop"):
         patch.setenv("STOP", "1")
         main(["train", str(config)])

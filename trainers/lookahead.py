@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from typing import Any
 
 from ..sampling import Sample
@@ -39,9 +40,8 @@ def step_of(trainer: Any, number: int) -> tuple[int, int]:
 def prompts_of(trainer: Any, number: int) -> list[Any]:
     """This process's prompts of a batch, each as often as it is sampled; none past the end of the data."""
     size = trainer.args.generation_batch_size
-    order = list(trainer._get_train_sampler())
     begin = number * _batches_apart(trainer) * size
-    rows = order[begin : begin + size]
+    rows = list(islice(trainer._get_train_sampler(), begin, begin + size))
     each = len(rows) // trainer.accelerator.num_processes
     own = rows[trainer.accelerator.process_index * each :][:each]
     return [trainer.train_dataset[row]["prompt"] for row in own]

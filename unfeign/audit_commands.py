@@ -245,6 +245,9 @@ def agree(labels: Positional[Path], audits: Positional[tuple[Path, ...]]) -> Non
     for column in ("audit", "n", *(f"{label}: agreement, kappa" for label in LABELS)):
         table.add_column(column)
     for name, found in agreement(labels, audits).items():
-        cells = ["-" if found[x] is None else "{:.2f}, {:.2f}".format(*found[x]) for x in LABELS]
+        cells = [
+            "-" if (pair := found[x]) is None else f"{pair[0]:.2f}, " + ("-" if pair[1] is None else f"{pair[1]:.2f}")
+            for x in LABELS
+        ]
         table.add_row(name, str(found["n"]), *cells)
     Console().print(table)
