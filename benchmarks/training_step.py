@@ -6,9 +6,9 @@
 
 A case is prompt/completion tokens: 4 groups of 8, each group with a prompt of its own, micro-batches of 8. Stock TRL
 scatters groups over micro-batches, as it does in a run; ours keeps them together. Before anything is timed, log-probs
-and gradients are compared. Writes `benchmarks/out/training_step.json`: medians, ratio = stock / ours, and beside it
-what the count of tokens alone would give, G(P+C) / (P+GC). `--memory` measures the peak of each instead, in processes
-of their own.
+and gradients of the first two groups are compared. Writes `benchmarks/out/training_step.json`: medians, ratio = stock /
+ours, and beside it what the count of tokens alone would give, G(P+C) / (P+GC). `--memory` measures the peak of each
+over two micro-batches instead, in processes of their own.
 """
 
 import argparse
@@ -79,12 +79,12 @@ def trainer(kind: str, random: str | None, folder: str) -> Any:
     return PolicyTrainer(rewards=[LoadedReward("nothing", 1.0, nothing)], credit="segment", lineage=None, **shared)  # type: ignore[arg-type]
 
 
-def batch(case: str, vocab: int, device: Any) -> dict[str, Any]:
+def batch(case: str, vocab: int, device: Any, groups: int = GROUPS) -> dict[str, Any]:
     """Random tokens, completions of full length."""
     prompt, width = map(int, case.split("/"))
     generator = torch.Generator().manual_seed(5)
-    rows = GROUPS * GROUP
-    prompts = torch.randint(3, vocab, (GROUPS, prompt), generator=generator).repeat_interleave(GROUP, 0)
+    rows = groups * GROUP
+    prompts = torch.randint(3, vocab, (groups, prompt), generator=generator).repeat_interleave(GROUP, 0)
     mask = torch.ones(rows, width, dtype=torch.long)
     made = {
         "prompt_ids": prompts,
@@ -99,7 +99,7 @@ def batch(case: str, vocab: int, device: Any) -> dict[str, Any]:
 
 def step(one: Any, made: dict[str, Any]) -> float:
     """Seconds of forward, loss and backward over the batch's micro-batches, as the trainer would cut them."""
-    parts = GROUPS * GROUP // MICRO
+    parts = made["completion_ids"].size(0) // MICRO
     one.model.train()
     one.model.zero_grad(set_to_none=True)
     one.current_gradient_accumulation_steps = parts
@@ -140,7 +140,8 @@ def measured(cases: list[str], repeats: int, random: str | None) -> list[dict[st
         ours, stock = (trainer(kind, random, folder) for kind in ("ours", "stock"))
         for case in cases:
             made = batch(case, ours.model.config.vocab_size, ours.accelerator.device)
-            logp, gradient = differences(ours, stock, made)
+            fewer = batch(case, ours.model.config.vocab_size, ours.accelerator.device, groups=2)
+            logp, gradient = differences(ours, stock, fewer)
             seconds: dict[str, list[float]] = {"ours": [], "stock": []}
             for _ in range(repeats):
                 seconds["ours"].append(step(ours, made))
@@ -162,10 +163,10 @@ def resident(field: str) -> int:
 
 
 def peak(kind: str, case: str, random: str | None) -> None:
-    """Print the peak memory of one step, in MiB beyond what the model takes."""
+    """Print the peak memory of two micro-batches, in MiB beyond what the model takes."""
     with tempfile.TemporaryDirectory() as folder, quiet_libraries():
         one = trainer(kind, random, folder)
-        made = batch(case, one.model.config.vocab_size, one.accelerator.device)
+        made = batch(case, one.model.config.vocab_size, one.accelerator.device, groups=2)
         if torch.cuda.is_available():
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
