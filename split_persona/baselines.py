@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from .modes import _Call, follow, read_context
+from .modes import _Call, ask_all, read_context
 from .persona import Persona
-from .review import _padded, p_fail
+from .review import p_fail
 from .sequence import layout, load_framing
 
 DEPTH = (
@@ -35,18 +35,13 @@ def asked(
     chosen = persona.facts.framing if framing is None else load_framing(framing)
     chosen = chosen.model_copy(update={"review": False, "trigger": persona.facts.framing.trigger, "pauses": 0})
     made = layout(chosen, persona.tokenizer)
-    out: list[list[float]] = [[] for _ in transcripts]
+    suffixes = [made.suffix(text)[0 if trigger else 1 :] for text in chosen.interventions]
+    out = []
     for at in range(0, len(transcripts), batch):
-        some = list(transcripts[at : at + batch])
-        context = read_context(persona, "masked", some)
-        for text in chosen.interventions:
-            suffix = made.suffix(text)[0 if trigger else 1 :]
-            ids, mask = _padded(persona, [suffix] * len(some))
-            rows = context.rows(list(range(len(some))))
-            logits = follow(persona, rows, ids, mask, awake=False, last=True)[:, -1]
-            for i, value in enumerate(p_fail(persona, logits, made.verdicts).tolist()):
-                out[at + i].append(value)
-    return np.array(out)
+        context = read_context(persona, "masked", list(transcripts[at : at + batch]))
+        logits = ask_all(persona, context, suffixes, awake=False)
+        out.append(p_fail(persona, logits.flatten(0, 1), made.verdicts).view(len(logits), -1).cpu().numpy())
+    return np.concatenate(out)
 
 
 def by_text_rows(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:

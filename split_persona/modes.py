@@ -11,6 +11,7 @@ and no call is left to guess where it wakes.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -97,7 +98,9 @@ def follow(persona: Any, context: Context, ids: Tensor, mask: Tensor, awake: boo
     out = persona.forward(
         awake,
         **{"input_ids" if ids.ndim == 2 else "inputs_embeds": ids},
-        attention_mask=_additive(every, ids.size(1), context.halved, persona.model.dtype) if context.halved else every,
+        attention_mask=_additive(every, _causal(ids.size(1), ids.device), context.halved, persona.model.dtype)
+        if context.halved
+        else every,
         position_ids=(context.lengths[:, None] + mask.cumsum(1) - 1).clamp(min=0),
         past_key_values=context.prefix.cache,
         use_cache=True,
@@ -108,12 +111,52 @@ def follow(persona: Any, context: Context, ids: Tensor, mask: Tensor, awake: boo
     return out.logits
 
 
-def _additive(mask: Tensor, width: int, halved: int, dtype: torch.dtype) -> Tensor:
-    """(B, 1, width, T) what is added to attention before the softmax: the last `width` columns are causal."""
-    columns = mask.size(1)
-    out = torch.zeros(len(mask), 1, width, columns, dtype=dtype, device=mask.device)
+def ask_all(persona: Any, context: Context, suffixes: Sequence[Sequence[int]], awake: bool = True) -> Tensor:
+    """Logits (B, K, V) after each of K continuations of every transcript, with the persona awake, in one call that
+    forwards B sum(S) tokens and copies no cache: the continuations stand in one row, each attends to the transcript and
+    to itself, and has the positions it would have alone. The context stays as it was.
+
+    Args:
+        context: B rows.
+        suffixes: K continuations as token ids, the same for all transcripts.
+        awake: False asks the policy itself, to compare with.
+    """
+    device, rows = context.lengths.device, len(context.lengths)
+    sizes = torch.tensor([len(suffix) for suffix in suffixes], device=device)
+    ends = sizes.cumsum(0)
+    columns = torch.arange(int(ends[-1]), device=device)
+    number = torch.repeat_interleave(torch.arange(len(sizes), device=device), sizes)
+    within = columns - (ends - sizes)[number]
+    own = (number[:, None] == number) & (columns[:, None] >= columns)
+    ids = torch.tensor([token for suffix in suffixes for token in suffix], device=device).expand(rows, -1)
+    every = torch.cat([context.prefix.mask, torch.ones_like(ids, dtype=context.prefix.mask.dtype)], 1)
+    out = persona.forward(
+        awake,
+        input_ids=ids,
+        attention_mask=_additive(every, own, context.halved, persona.model.dtype),
+        position_ids=context.lengths[:, None] + within,
+        past_key_values=_select(context.prefix.cache, None, rows),
+        use_cache=True,
+        logits_to_keep=ends - 1,
+    )
+    return out.logits
+
+
+def _causal(width: int, device: Any) -> Tensor:
+    return torch.ones(width, width, dtype=torch.bool, device=device).tril()
+
+
+def _additive(mask: Tensor, own: Tensor, halved: int, dtype: torch.dtype) -> Tensor:
+    """(B, 1, L, T) what is added to attention before the softmax.
+
+    Args:
+        mask: (B, T), 1 for real tokens.
+        own: (L, L), which of the last L columns each of them sees.
+        halved: how many columns at the beginning count half.
+    """
+    width = len(own)
+    out = torch.zeros(len(mask), 1, width, mask.size(1), dtype=dtype, device=mask.device)
     out[..., :halved] = -math.log(2)
     lowest = torch.finfo(dtype).min
-    later = torch.ones(width, width, dtype=torch.bool, device=mask.device).triu(1)
-    out[..., columns - width :].masked_fill_(later, lowest)
+    out[..., -width:].masked_fill_(~own, lowest)
     return out.masked_fill_(~mask.bool()[:, None, None], lowest)

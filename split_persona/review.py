@@ -9,11 +9,12 @@ from torch import Tensor
 
 from ..models import eos_ids
 from ..progress import progress
-from .modes import Context, follow
+from .modes import Context, ask_all, follow
 from .persona import Persona
 
 TOGETHER = 16  # transcripts whose contexts are computed together
-BATCH = 64  # rows of a transcript and an intervention that are forwarded together
+BATCH = 64  # rows of a transcript and an intervention that are written together
+ASKED = 16  # interventions whose flags are asked in one call
 
 
 @dataclass(frozen=True)
@@ -64,15 +65,12 @@ def reviews(
                 done(len(chunk))
                 continue
             context = persona.read(chunk)
-            rows = [(i, text) for i in range(len(chunk)) for text in interventions]
-            found: list[Review] = []
-            for start in range(0, len(rows), BATCH):
-                some = rows[start : start + BATCH]
-                here = context.rows([i for i, _ in some])
-                seeds = [seed + (at + i) * len(interventions) + interventions.index(text) for i, text in some]
-                found += _ask(persona, here, [text for _, text in some], limit, temperature, seeds)
-            n = len(interventions)
-            made(number, batch := [found[i * n : (i + 1) * n] for i in range(len(chunk))])
+            if persona.layout.framing.review:
+                first = seed + at * len(interventions)
+                batch = _in_words(persona, context, interventions, limit, temperature, first)
+            else:
+                batch = _flags(persona, context, interventions)
+            made(number, batch)
             out += batch
             done(len(chunk))
     return out
@@ -102,17 +100,34 @@ def p_fail(persona: Persona, logits: Tensor, verdicts: tuple[int, int] | None = 
     return logits[:, list(verdicts or persona.layout.verdicts)].float().softmax(-1)[:, 1]
 
 
-def _ask(
-    persona: Persona, context: Context, asked: list[str], limit: int, temperature: float, seeds: list[int]
-) -> list[Review]:
-    ids, mask = _padded(persona, [persona.layout.suffix(text) for text in asked])
-    logits = follow(persona, context, ids, mask, last=True)[:, -1]
-    if not persona.layout.framing.review:
-        return [Review(text, None, p) for text, p in zip(asked, p_fail(persona, logits).tolist(), strict=True)]
-    texts, rest = _write(persona, context, logits, limit, temperature, seeds)
-    ids, mask = _padded(persona, rest)
-    chances = p_fail(persona, follow(persona, context, ids, mask, last=True)[:, -1]).tolist()
-    return [Review(*one) for one in zip(asked, texts, chances, strict=True)]
+def _flags(persona: Persona, context: Context, interventions: Sequence[str]) -> list[list[Review]]:
+    """The flag alone, under every intervention: a list a transcript."""
+    found = []
+    for at in range(0, len(interventions), ASKED):
+        suffixes = [persona.layout.suffix(text) for text in interventions[at : at + ASKED]]
+        logits = ask_all(persona, context, suffixes)
+        found.append(p_fail(persona, logits.flatten(0, 1)).view(len(logits), -1))
+    every = torch.cat(found, 1).tolist()
+    return [[Review(text, None, p) for text, p in zip(interventions, row, strict=True)] for row in every]
+
+
+def _in_words(
+    persona: Persona, context: Context, interventions: Sequence[str], limit: int, temperature: float, seed: int
+) -> list[list[Review]]:
+    """Reviews in words, then the flag: a list a transcript. Rows are numbered from `seed`."""
+    n, found = len(interventions), []
+    rows = [(i, text) for i in range(len(context.lengths)) for text in interventions]
+    for at in range(0, len(rows), BATCH):
+        some = rows[at : at + BATCH]
+        here = context.rows([i for i, _ in some])
+        ids, mask = _padded(persona, [persona.layout.suffix(text) for _, text in some])
+        logits = follow(persona, here, ids, mask, last=True)[:, -1]
+        seeds = [seed + at + k for k in range(len(some))]
+        texts, rest = _write(persona, here, logits, limit, temperature, seeds)
+        ids, mask = _padded(persona, rest)
+        chances = p_fail(persona, follow(persona, here, ids, mask, last=True)[:, -1]).tolist()
+        found += [Review(asked, *one) for (_, asked), *one in zip(some, texts, chances, strict=True)]
+    return [found[i * n : (i + 1) * n] for i in range(len(context.lengths))]
 
 
 def _write(

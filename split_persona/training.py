@@ -5,6 +5,7 @@ computed once for all epochs and interventions, while memory lasts; a step then 
 instead of hundreds.
 """
 
+import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -59,9 +60,7 @@ def train_persona(
     contexts = [layout.context(e.messages, e.completion) for e in examples]
     if (longest := max(map(len, contexts))) > max_tokens:
         raise UnfeignError(f"transcripts of at most {max_tokens} tokens", f"one of {longest}", "max_tokens")
-    order = list(range(len(examples)))
-    rng.shuffle(order)
-    batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
+    batches = _batches(examples, batch_size, rng)
     kept: dict[int, Prefix] = {}
     room = CACHE_BYTES if persona.facts.mode != "full" else 0
     parameters = persona.switch.parameters()
@@ -91,6 +90,19 @@ def train_persona(
                 schedule.step()
                 done(1)
     return losses
+
+
+def _batches(examples: Sequence[Example], size: int, rng: random.Random) -> list[list[int]]:
+    """Numbers of examples, `size` a batch, those of one prompt beside each other: a step then compares deeds in the
+    same situation, and forwards each prompt once (`shared_prefix`).
+    """
+    prompts: dict[str, list[int]] = {}
+    for i, one in enumerate(examples):
+        prompts.setdefault(json.dumps(one.messages), []).append(i)
+    groups = list(prompts.values())
+    rng.shuffle(groups)
+    order = [i for group in groups for i in rng.sample(group, len(group))]
+    return [order[at : at + size] for at in range(0, len(order), size)]
 
 
 def _check(persona: Persona, examples: Sequence[Example]) -> None:

@@ -9,7 +9,7 @@ import torch
 from unfeign.models import activate, load_base, stack
 from unfeign.shared_prefix import prefill
 from unfeign.split_persona.adapters import KINDS
-from unfeign.split_persona.modes import MODES, _Call, follow
+from unfeign.split_persona.modes import MODES, _Call, ask_all, follow
 from unfeign.split_persona.persona import Persona, PersonaFacts
 from unfeign.split_persona.sequence import load_framing
 
@@ -82,6 +82,22 @@ def test_one_cache_serves_every_intervention(kind, mode, tiny_model, tiny_organi
             suffix = torch.tensor([made.layout.suffix(asked)])
             single = follow(made, one, suffix, torch.ones_like(suffix))[0]
             assert (together[i, : len(suffixes[i])] - single).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_interventions_asked_in_one_row_do_not_see_each_other(kind, mode, tiny_model, tiny_organism):
+    made = persona(tiny_model, tiny_organism, kind, mode)
+    context = made.read(contexts(made))
+    suffixes = [made.layout.suffix(asked) for asked in ASKED]
+    for awake in (True, False):
+        asked = ask_all(made, context, suffixes, awake)
+        for i, suffix in enumerate(suffixes):
+            ids = torch.tensor([suffix] * 2)
+            alone = follow(made, made.read(contexts(made)), ids, torch.ones_like(ids), awake, last=True)[:, -1]
+            assert (asked[:, i] - alone).abs().max() < 1e-4
+    assert context.prefix.cache.get_seq_length() == context.prefix.mask.size(1), "the context stays as it was"
 
 
 @pytest.mark.parametrize("mode", MODES)
