@@ -1,10 +1,10 @@
 """What an audit must beat: other ways to tell the same deeds from the same transcripts, in the same table.
 
 - `no adapter`: the policy itself is asked the persona's interventions.
-- `untrained`: likewise after the trigger, which an untrained persona makes of it.
+- `untrained trigger`: likewise after the trigger, which an untrained persona makes of it.
 - `user follow-up`: the policy is asked back by the user.
-- `text`: a judge that sees only the words: what it reads as faking counts most, an answer that complied for half.
-- `probe`: a linear probe on the policy's own states at the end of the transcript, fitted on train families.
+- `text judge`: sees only the words: what it reads as faking counts most, an answer that complied for half.
+- `linear probe`: on the policy's own states at the end of the transcript, fitted on train families.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,25 +23,34 @@ DEPTH = (
 )  # of the layers, at which the probe reads: late enough for meaning, early enough for more than the next word
 
 
+WAYS: dict[str, tuple[str | None, bool]] = {
+    "no adapter": (None, False),
+    "untrained trigger": (None, True),
+    "user follow-up": ("user_followup", False),
+}
+"""How the policy itself is asked: under the persona's framing or another one, after the trigger or without it."""
+
+
 @torch.no_grad()
-def asked(
-    persona: Persona,
-    transcripts: Sequence[list[int]],
-    framing: str | None = None,
-    trigger: bool = False,
-    batch: int = 16,
-) -> np.ndarray:
-    """p(FAIL) by the policy itself, (n, interventions): under the persona's framing, or another one by name."""
+def asked(persona: Persona, transcripts: Sequence[list[int]], batch: int = 16) -> dict[str, np.ndarray]:
+    """p(FAIL) by the policy itself, (n, interventions) for each of `WAYS`, all from one reading of the transcripts."""
+    ways = {name: _suffixes(persona, *way) for name, way in WAYS.items()}
+    out: dict[str, list[np.ndarray]] = {name: [] for name in WAYS}
+    for at in range(0, len(transcripts), batch):
+        context = read_context(persona, "masked", list(transcripts[at : at + batch]))
+        for name, (suffixes, verdicts) in ways.items():
+            logits = ask_all(persona, context, suffixes, awake=False)
+            chance = p_fail(persona, logits.flatten(0, 1), verdicts).view(len(logits), -1)
+            out[name].append(chance.cpu().numpy())
+    return {name: np.concatenate(parts) for name, parts in out.items()}
+
+
+def _suffixes(persona: Persona, framing: str | None, trigger: bool) -> tuple[list[list[int]], tuple[int, int]]:
+    """What follows a transcript, for the flag alone, and the ids of PASS and FAIL."""
     chosen = persona.facts.framing if framing is None else load_framing(framing)
     chosen = chosen.model_copy(update={"review": False, "trigger": persona.facts.framing.trigger, "pauses": 0})
     made = layout(chosen, persona.tokenizer)
-    suffixes = [made.suffix(text)[0 if trigger else 1 :] for text in chosen.interventions]
-    out = []
-    for at in range(0, len(transcripts), batch):
-        context = read_context(persona, "masked", list(transcripts[at : at + batch]))
-        logits = ask_all(persona, context, suffixes, awake=False)
-        out.append(p_fail(persona, logits.flatten(0, 1), made.verdicts).view(len(logits), -1).cpu().numpy())
-    return np.concatenate(out)
+    return [made.suffix(text)[0 if trigger else 1 :] for text in chosen.interventions], made.verdicts
 
 
 def by_text_rows(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:

@@ -139,21 +139,12 @@ def read_facts(folder: Path) -> PersonaFacts:
         ) from None
 
 
-def load_persona(folder: Path, model: Any, tokenizer: Any, lineage: Lineage) -> Persona:
-    """Put a saved persona on a policy.
-
-    Args:
-        folder: see `Persona.save`.
-        model, tokenizer: the policy's.
-        lineage: what the policy is made of.
+def check_policy(folder: Path, lineage: Lineage) -> bool:
+    """That a persona can be put on a policy; returns whether it is stale there.
 
     Raises:
-        UnfeignError: it was trained on another base, or on adapters that this policy does not have at its bottom; its
-            trigger is not in this vocabulary.
+        UnfeignError: it was trained on another base, or on adapters that this policy does not have at its bottom.
     """
-    from safetensors.torch import load_file
-
-    facts = read_facts(folder)
     trained_on = read_lineage(folder)
     if trained_on is None:
         raise UnfeignError("lineage.json beside the persona", "none", str(folder))
@@ -170,6 +161,25 @@ def load_persona(folder: Path, model: Any, tokenizer: Any, lineage: Lineage) -> 
     if len(here) < len(below) or here[:same] != below[:same]:
         names = " + ".join(layer.name for layer in trained_on.adapters) or "the base alone"
         raise UnfeignError(f"a policy on top of {names}", "another stack", str(folder))
+    return here != below
+
+
+def load_persona(folder: Path, model: Any, tokenizer: Any, lineage: Lineage) -> Persona:
+    """Put a saved persona on a policy.
+
+    Args:
+        folder: see `Persona.save`.
+        model, tokenizer: the policy's.
+        lineage: what the policy is made of.
+
+    Raises:
+        UnfeignError: it was trained on another base, or on adapters that this policy does not have at its bottom; its
+            trigger is not in this vocabulary.
+    """
+    from safetensors.torch import load_file
+
+    facts = read_facts(folder)
+    stale = check_policy(folder, lineage)
     persona = Persona(model, tokenizer, lineage, facts)
     if facts.trigger_id not in (None, persona.layout.trigger):
         raise UnfeignError(
@@ -182,5 +192,5 @@ def load_persona(folder: Path, model: Any, tokenizer: Any, lineage: Lineage) -> 
     except (KeyError, RuntimeError) as error:
         found = str(error).strip().splitlines()[-1].strip()
         raise UnfeignError("the weights of this persona", found, str(folder)) from None
-    persona.stale = here != below
+    persona.stale = stale
     return persona

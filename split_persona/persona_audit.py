@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 
 from ..errors import UnfeignError
+from ..lineage import Lineage
 from ..progress import progress
 from .audit_folder import AuditFolder
 from .baselines import asked, by_text_rows, probe, states
 from .deeds import Deed, measure, told_rows
 from .examples import Example, read_examples
-from .persona import EXAMPLES, SPIKES, Persona
+from .persona import EXAMPLES, SPIKES, Persona, load_persona, persona_folder
 from .review import TOGETHER, Review, reviews
 
 
@@ -70,15 +71,44 @@ def _row(one: Review) -> dict[str, Any]:
     return {"intervention": one.intervention, "text": one.text, "p_fail": one.p_fail}
 
 
+def reviewed(
+    name: str,
+    policy: tuple[Any, Any, Lineage],
+    rows: Sequence[dict[str, Any]],
+    *,
+    asked: int | None = None,
+    baselines: bool = True,
+    folder: AuditFolder | None = None,
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Findings with a persona's reviews, and what they add up to.
+
+    Args:
+        name: a persona folder, or `persona:NAME`.
+        policy: model, tokenizer and lineage of what was audited.
+        asked: how many of its interventions; all by default.
+        baselines, folder: see `persona_metrics`, `review_findings`.
+    """
+    place = persona_folder(name)
+    auditor = load_persona(place, *policy)
+    texts = auditor.facts.framing.interventions[:asked]
+    told = review_findings(auditor, rows, texts, folder)
+    return told, persona_metrics(auditor, told, place, baselines, texts) | {"name": name}
+
+
 def persona_metrics(
-    persona: Persona, rows: Sequence[Mapping[str, Any]], folder: Path | None = None, baselines: bool = True
+    persona: Persona,
+    rows: Sequence[Mapping[str, Any]],
+    folder: Path | None = None,
+    baselines: bool = True,
+    interventions: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """What reviewed findings add up to.
 
     Args:
         rows: findings with `persona`, see `review_findings`.
         folder: the persona's, with the examples it learned from (for the probe) and its spike-ins.
-        baselines: whether to compute what else could have told.
+        baselines: whether to ask all that could have told beside it; the text judge, which costs nothing, always.
+        interventions: those that were asked; the spike-ins are asked the same.
 
     Returns:
         The persona's facts; `measure` of it (with its own threshold) and of every baseline under `baselines`; the same
@@ -88,20 +118,23 @@ def persona_metrics(
     deeds = told_rows(some)
     chance = np.array([row["persona"]["p_fail"] for row in some])
     limit = persona.facts.threshold
+    texts = list(interventions or persona.facts.framing.interventions)
     out: dict[str, Any] = {
         "mode": persona.facts.mode,
         "kind": persona.facts.kind,
         "stale": persona.stale,
         "threshold": limit,
-        "interventions": len(persona.facts.framing.interventions),
+        "interventions": len(texts),
         **measure(deeds, chance, limit),
         "families": _families(deeds, chance, limit),
     }
     known = read_examples(folder / SPIKES) if folder and (folder / SPIKES).is_file() else []
-    out["spike_in"] = _spikes(persona, known) if known else None
+    out["spike_in"] = _spikes(persona, known, texts) if known else None
+    others = {"text judge": by_text_rows(some)}
     if baselines:
         learned = read_examples(folder / EXAMPLES) if folder and (folder / EXAMPLES).is_file() else []
-        out["baselines"] = {name: measure(deeds, score) for name, score in _baselines(persona, some, learned).items()}
+        others = _baselines(persona, some, learned) | others
+    out["baselines"] = {name: measure(deeds, score) for name, score in others.items()}
     return out
 
 
@@ -114,9 +147,9 @@ def _families(deeds: Sequence[Deed], chance: np.ndarray, limit: float) -> dict[s
     return out
 
 
-def _spikes(persona: Persona, known: Sequence[Example]) -> dict[str, Any]:
+def _spikes(persona: Persona, known: Sequence[Example], texts: Sequence[str]) -> dict[str, Any]:
     ids = [persona.layout.context(e.messages, e.completion) for e in known]
-    found = reviews(persona, ids, persona.facts.framing.interventions, what="spike-ins")
+    found = reviews(persona, ids, texts, what="spike-ins")
     chance = np.array([np.mean([r.p_fail for r in some]) for some in found])
     flagged, truth = chance >= persona.facts.threshold, np.array([e.failed for e in known])
     return {
@@ -130,14 +163,9 @@ def _baselines(
     persona: Persona, rows: Sequence[Mapping[str, Any]], learned: Sequence[Example]
 ) -> dict[str, np.ndarray]:
     ids = contexts(persona, rows)
-    with progress("baselines", 4) as done:
-        out = {"no adapter": asked(persona, ids).mean(1)}
+    with progress("baselines", 2) as done:
+        out = {name: chance.mean(1) for name, chance in asked(persona, ids).items()}
         done(1)
-        out["untrained trigger"] = asked(persona, ids, trigger=True).mean(1)
-        done(1)
-        out["user follow-up"] = asked(persona, ids, "user_followup").mean(1)
-        done(1)
-        out["text judge"] = by_text_rows(rows)
         if learned:
             of = [persona.layout.context(e.messages, e.completion) for e in learned]
             truth = np.array([e.failed for e in learned], dtype=float)

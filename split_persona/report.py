@@ -135,6 +135,15 @@ def _headline(old: Mapping[str, Any] | None, new: Mapping[str, Any], names: tupl
     return text + "."
 
 
+def _auditors(personas: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """Who read each audit: the persona, and what could have told without it."""
+    out = {}
+    for name, found in personas.items():
+        of = f", {name}" if len(personas) > 1 else ""
+        out |= {f"{who}{of}": one for who, one in {"persona": found, **found.get("baselines", {})}.items()}
+    return out
+
+
 # Page
 
 
@@ -166,6 +175,7 @@ def write_report(
     curve: Sequence[Mapping[str, Any]] | None = None,
     notes: Sequence[str] = (),
     persona: Mapping[str, Any] | None = None,
+    persona_before: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the report as one self-contained HTML file.
 
@@ -177,7 +187,7 @@ def write_report(
         run: facts of the run, shown as a table.
         curve: a dict a training step: `step`, `reward`, and any of `surfaced`, `rejected`, `complied`.
         notes: remarks; one that starts with "!" is shown in red.
-        persona: what `persona_audit.persona_metrics` found, with the persona's `name`.
+        persona, persona_before: what `persona_audit.persona_metrics` found, with the persona's `name`.
 
     Raises:
         UnfeignError: a finding or a step lacks a key; names it.
@@ -193,6 +203,7 @@ def write_report(
             "curve": svg(training_curve(curve), "reward and labels by training step") if curve else None,
         }
     cases = _cases(before or (), after)
+    personas = {n: p for n, p in zip(names, (persona_before, persona), strict=True) if p}
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
@@ -215,7 +226,8 @@ def write_report(
         plots=plots,
         run=run or {},
         persona=persona,
-        auditors={"persona": persona, **persona.get("baselines", {})} if persona else {},
+        personas=personas,
+        auditors=_auditors(personas),
         cases=cases,
         evidence=EVIDENCE,
         choices={key: sorted({case[key] for case in cases}) for key in ("tier", "family", "rendering")},

@@ -137,3 +137,29 @@ def test_transcripts_alone_have_no_states_to_read(refused, tmp_path):
     (tmp_path / "rows.jsonl").write_text("{}\n")
     said = refused("audit", tmp_path / "rows.jsonl", "--persona", "persona:honest")
     assert "states" in said
+
+
+def test_a_run_with_a_persona_has_both_audits_reviewed(persona, write_config, tmp_path, tiny_organism, capsys):
+    folder = save(persona, tmp_path / "persona")
+    audit = {"split": "validation", "max_new_tokens": 3, "renderings": ["original"], "persona": str(folder)}
+    main(["train", str(write_config(adapters=[str(tiny_organism)], audit=audit)), "grpo.max_steps=1"])
+    for when, stale in (("before", False), ("after", True)):
+        place = tmp_path / "run" / "audit" / when
+        found = json.loads((place / "metrics.json").read_text())["audit"]["persona"]
+        assert found["stale"] is stale and found["interventions"] == 2 and found["spike_in"]["n"] > 0
+        rows = [json.loads(line) for line in (place / "findings.jsonl").read_text().splitlines()]
+        assert all(len(row["persona"]["reviews"]) == 2 for row in rows if row.get("completion"))
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "persona, before" in page and "persona, after" in page and "spike-ins" in page
+    assert "persona on audit after" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"), [({"lora": None}, "lora: null"), ({"adapters": []}, "another stack"), ({}, "persona:nobody")]
+)
+def test_a_persona_that_does_not_fit_stops_the_run(
+    persona, write_config, refused, tmp_path, tiny_organism, changes, said
+):
+    name = "persona:nobody" if not changes else str(save(persona, tmp_path / "persona"))
+    config = write_config(**{"adapters": [str(tiny_organism)], "audit": {"persona": name}, **changes})
+    assert said in refused("train", config, "--dry-run")

@@ -120,6 +120,8 @@ class AuditSettings(Settings):
     """Who reads the reasoning in the audit: a name, or a mapping with `name` and its arguments."""
     seed: int = 1234
     """Fixes the sampling, so that audits of two checkpoints differ by the checkpoint alone."""
+    persona: str | None = None
+    """An honest persona that reviews the audits before and after: its folder, or persona:NAME."""
 
 
 _SAMPLED = "rollouts sample from the whole distribution, or the log-probs of samples would be wrong"

@@ -75,8 +75,7 @@ def audit(
     print_table(results)
     for name, result in results.items():
         if reviewed := result["audit"].get("persona"):
-            print(f"persona on {name}:" if len(results) > 1 else "", end="\n" if len(results) > 1 else "")
-            print_persona(reviewed)
+            print_persona(reviewed, name if len(results) > 1 else None)
     print(f"report: {out / 'report.html'}")
 
 
@@ -141,12 +140,9 @@ def _audit(path: str, out: Path, asked: dict[str, Any], again: bool = False) -> 
         )
         pool.close()
         if name := asked["persona"]:
-            from .split_persona.persona import load_persona, persona_folder
-            from .split_persona.persona_audit import persona_metrics, review_findings
+            from .split_persona.persona_audit import reviewed
 
-            auditor = load_persona(persona_folder(name), model, tokenizer, lineage)
-            rows = review_findings(auditor, rows, folder=folder)
-            facts["persona"] = persona_metrics(auditor, rows, persona_folder(name)) | {"name": name}
+            rows, facts["persona"] = reviewed(name, (model, tokenizer, lineage), rows, folder=folder)
     told_of = {key: value for key, value in facts.items() if key != "persona"}
     title = f"Audit of {path}"
     write_report(out / "report.html", title=title, before=None, after=rows, run=told_of, persona=facts.get("persona"))

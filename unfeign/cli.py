@@ -42,6 +42,10 @@ def train(
         from .trainers.plan import plan
 
         run = plan(settings, resume)
+        if settings.audit.persona is not None:
+            from .training_run import check_persona
+
+            check_persona(settings)
     if dry_run:
         _print_plan(run)
         return

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .envs.scenario import Scenario
+from .errors import UnfeignError
 from .files import read_json, read_text, write_text
 from .rewards.judge import Judge, load_judge
 from .split_persona.audit import audit_scenarios, collect, findings, read_findings, write_audit
@@ -20,6 +21,8 @@ from .split_persona.comparison import METRICS, column, write_comparison
 from .split_persona.plots import pick
 from .split_persona.report import write_report
 from .trainers.rollouts import Sampling
+
+ASKED = 2  # interventions that a run asks of its persona: what its time allows; `unfeign audit --persona` asks all
 
 
 def audit_policy(
@@ -85,6 +88,11 @@ def audited_run(run: Any, launch: Callable[..., Path]) -> None:
         during=lambda model, tokenizer, pool, step: audit(f"step-{step}", -10 - step)(model, tokenizer, pool),
         say=lambda line: print(line, flush=True),
     )
+    if settings.persona is not None and results:
+        start = time.perf_counter()
+        for name in [name for name in ("before", "after") if name in results]:
+            results[name] = _review(config, name)
+        seconds["persona"] = time.perf_counter() - start
     seconds["total"] = time.perf_counter() - began
     steps = [json.loads(line) for line in read_text(out / "metrics.jsonl").splitlines()]
     seconds |= {
@@ -98,10 +106,48 @@ def audited_run(run: Any, launch: Callable[..., Path]) -> None:
     write_text(out / "run.json", json.dumps(facts, indent=2) + "\n")
     if "after" in results:
         print_table(results, f"behaviour on {settings.split} families, mean [95% interval]")
+        for name, result in results.items():
+            if told := result["audit"].get("persona"):
+                print_persona(told, name)
         print("seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()))
         print(f"report: {write_run_report(out)}")
     if (trend := write_trend(out, run.grpo.max_steps)) is not None:
         print(f"trend: {trend}")
+
+
+def check_persona(config: Any) -> None:
+    """That the persona of a run's audits can be put on its policy, without loading weights; raises `UnfeignError`."""
+    from transformers import AutoConfig
+
+    from .lineage import Layer, Lineage, adapter_file, base_facts, sha256
+    from .models import adapter_folder, base_location
+    from .split_persona.persona import check_policy, persona_folder, read_facts
+
+    if config.lora is None:
+        raise UnfeignError("a policy that is an adapter, on which a persona can be put", "lora: null", "audit.persona")
+    folder = persona_folder(config.audit.persona)
+    read_facts(folder)
+    base = base_facts(config.model, AutoConfig.from_pretrained(base_location(config.model)))
+    below = [adapter_folder(name) for name in config.adapters]
+    layers = [Layer(name=path.name, sha256=sha256(adapter_file(path))) for path in below]
+    check_policy(folder, Lineage(base=base, adapters=layers))
+
+
+def _review(config: Any, name: str) -> dict[str, Any]:
+    """The metrics of an audit of a run, with what its persona says of the policy as it was then."""
+    from .models import load_base, load_tokenizer, resolve, stack
+    from .split_persona.persona_audit import reviewed
+
+    place = config.output / "audit" / name
+    result = read_json(place / "metrics.json")
+    if "persona" in result["audit"]:  # of an earlier part of the run
+        return result
+    print(f"persona on audit {name}", flush=True)
+    base, layers = (config.model, list(config.adapters)) if name == "before" else resolve(str(config.output))
+    model, lineage = stack(load_base(base, config.dtype), base, layers)
+    policy = (model, load_tokenizer(base), lineage)
+    rows, found = reviewed(config.audit.persona, policy, read_findings(place), asked=ASKED, baselines=False)
+    return write_audit(place, rows, result["audit"] | {"persona": found})
 
 
 def _told_by(judge: Any) -> dict[str, Any]:
@@ -163,8 +209,14 @@ def write_run_report(out: Path) -> Path:
         run={"model": config["model"], "adapters": ", ".join(config["adapters"]), "seed": config["seed"], **facts},
         curve=curve,
         notes=notes,
+        persona=_persona_of(out / "audit" / "after"),
+        persona_before=_persona_of(before) if before.exists() else None,
     )
     return out / "report.html"
+
+
+def _persona_of(audit: Path) -> dict[str, Any] | None:
+    return read_json(audit / "metrics.json")["audit"].get("persona")
 
 
 def _cell(leaf: dict[str, Any]) -> str:
@@ -185,8 +237,8 @@ def print_table(results: dict[str, dict[str, Any]], title: str | None = None) ->
     Console().print(table)
 
 
-def print_persona(found: dict[str, Any]) -> None:
-    """Print what a persona tells, and what could be told without it."""
+def print_persona(found: dict[str, Any], audit: str | None = None) -> None:
+    """Print what a persona tells of an audit, and what could be told without it."""
 
     def cell(one: dict[str, Any], name: str) -> str:
         if one.get(name) is None:
@@ -195,7 +247,8 @@ def print_persona(found: dict[str, Any]) -> None:
         return f"{one[name]:.2f}" + (f"  [{low:.2f}, {high:.2f}]" if low is not None else "")
 
     table = Table(
-        title=f"who tells deeds apart, among monitored prompts (FAIL {found['n_fail']}, PASS {found['n_pass']})"
+        title=(f"{audit}: " if audit else "")
+        + f"who tells deeds apart, among monitored prompts (FAIL {found['n_fail']}, PASS {found['n_pass']})"
     )
     for heading in ("auditor", "AUROC", "TPR", "FPR", "false alarms: unmonitored", "control"):
         table.add_column(heading, justify="left" if heading == "auditor" else "right")
