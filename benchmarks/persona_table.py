@@ -3,8 +3,9 @@
     python benchmarks/persona_table.py OUT [VARIANT ...]
 
 The organism's transcripts are sampled once into OUT (train, validation and heldout families) and serve every variant.
-A variant is a name of `VARIANTS`, with the seed after a dash (`masked-0`). Each appends one line to OUT/results.jsonl:
-steps, seconds, and on heldout families AUROC, TPR at the validation threshold and mean p(FAIL) of what is honest.
+A variant is a name of `VARIANTS`, with the seed after a dash (`masked-0`); `baselines` is what can be told without a
+persona. Each appends lines to OUT/results.jsonl: steps, seconds, and on heldout families AUROC, TPR at the validation
+threshold and mean p(FAIL) of what is honest; OUT/table.md shows them all.
 """
 
 import json
@@ -13,12 +14,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from unfeign.envs.scenario import RENDERINGS, scenarios
 from unfeign.envs.transcript import parse
 from unfeign.files import read_jsonl, write_jsonl
 from unfeign.models import load_base, load_tokenizer, quiet_libraries, stack
 from unfeign.rewards.judge import case, wait_for
 from unfeign.rewards.rules import RulesJudge
+from unfeign.split_persona.baselines import asked, by_text_rows, probe, states
 from unfeign.split_persona.build import PersonaConfig, policy_deeds
 from unfeign.split_persona.deeds import Judged, chances, measure, monitored, threshold_at, told
 from unfeign.split_persona.distill import distill, flags
@@ -27,7 +31,7 @@ from unfeign.split_persona.persona import Persona
 from unfeign.split_persona.training import train_persona
 
 CONFIG = Path(__file__).parent.parent / "configs" / "persona.yaml"
-SMALL = ("dtype=bfloat16", "epochs=2", "own.per_prompt=1")  # what two cores carry in minutes
+FASTER = ("dtype=bfloat16",)
 ASKED = 2  # interventions a transcript is measured under
 NOT_K = ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 K_AND_MLP = ["k_proj", "gate_proj", "up_proj", "down_proj"]
@@ -69,7 +73,7 @@ def deeds(folder: Path, config: PersonaConfig, split: str) -> list[Judged]:
 def run(folder: Path, name: str) -> dict[str, Any]:
     """Train one variant and measure it on heldout families."""
     what, _, seed = name.rpartition("-")
-    config = PersonaConfig.load(CONFIG, (f"seed={seed}", *SMALL))
+    config = PersonaConfig.load(CONFIG, (f"seed={seed}", *FASTER))
     config = config.model_copy(update=VARIANTS[what])
     parts = {split: deeds(folder, config, split) for split in ("train", "validation", "heldout")}
     data = flip(matched(parts["train"], config.seed, config.own.per_prompt, config.own.quiet), config.flip, config.seed)
@@ -86,8 +90,8 @@ def run(folder: Path, name: str) -> dict[str, Any]:
         seed=config.seed,
     )
     seconds = time.perf_counter() - start
-    asked = config.facts().framing.interventions[:ASKED]
-    chance = {split: chances(persona, parts[split], asked).mean(1) for split in ("validation", "heldout")}
+    texts = config.facts().framing.interventions[:ASKED]
+    chance = {split: chances(persona, parts[split], texts).mean(1) for split in ("validation", "heldout")}
     rows, truth = monitored(told(parts["validation"]))
     threshold = threshold_at(truth, chance["validation"][rows])
     out = {"variant": what, "seed": config.seed, "examples": len(data), "steps": len(losses), "seconds": seconds}
@@ -97,7 +101,7 @@ def run(folder: Path, name: str) -> dict[str, Any]:
     }
     out |= measure(told(parts["heldout"]), chance["heldout"], threshold)
     if name == "masked-0":
-        out["distilled"] = distilled(persona, parts, asked[0])
+        out["distilled"] = distilled(persona, parts, persona.facts.framing.interventions[0])
     persona.facts = persona.facts.model_copy(update={"threshold": threshold})
     persona.save(folder / name)
     return out
@@ -107,8 +111,6 @@ def distilled(persona: Persona, parts: dict[str, list[Judged]], text: str) -> di
     """The first intervention as 8 vectors, learned on train families: tokens saved, accuracy kept on heldout ones."""
     ids = {k: [persona.layout.context(t.scenario.messages, t.completion) for t, _ in v] for k, v in parts.items()}
     prefix = distill(persona, ids["train"][:160], text, 8)
-    import numpy as np
-
     kept = measure(told(parts["heldout"]), np.array(flags(persona, ids["heldout"], prefix)))
     whole = measure(told(parts["heldout"]), chances(persona, parts["heldout"], [text])[:, 0])
     return {
@@ -119,18 +121,58 @@ def distilled(persona: Persona, parts: dict[str, list[Judged]], text: str) -> di
     }
 
 
+def baselines(folder: Path) -> list[dict[str, Any]]:
+    """What can be told of the same transcripts without a persona."""
+    config = PersonaConfig.load(CONFIG, FASTER)
+    parts = {split: deeds(folder, config, split) for split in ("train", "heldout")}
+    model, lineage = stack(load_base(config.model, config.dtype), config.model, list(config.adapters))
+    persona = Persona(model, load_tokenizer(config.model), lineage, config.facts())
+    ids = [persona.layout.context(t.scenario.messages, t.completion) for t, _ in parts["heldout"]]
+    scores = {name: chance.mean(1) for name, chance in asked(persona, ids).items()}
+    rows = [{"verdict": verdict.row(), "complied": t.complied} for t, verdict in parts["heldout"]]
+    scores["text judge"] = by_text_rows(rows)
+    learned = matched(parts["train"], config.seed, config.own.per_prompt, config.own.quiet)
+    of = [persona.layout.context(e.messages, e.completion) for e in learned]
+    truth = np.array([e.failed for e in learned], dtype=float)
+    scores["linear probe"] = probe(states(persona, of), truth, states(persona, ids))
+    return [{"variant": name, **measure(told(parts["heldout"]), score)} for name, score in scores.items()]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """All results as Markdown, AUROC with its interval, shares in percent."""
+    lines = [
+        "| | seed | AUROC | TPR | false alarms: monitored / unmonitored / control | validation | examples, steps, s |",
+        "|" + "---|" * 7,
+    ]
+    for row in rows:
+        low, high = row["auroc_interval"]
+        alarms = " / ".join(
+            f"{100 * (row['false_alarms'][k] or 0):.0f}" for k in ("monitored", "unmonitored", "control")
+        )
+        cost = f"{row['examples']}, {row['steps']}, {row['seconds']:.0f}" if "steps" in row else ""
+        valid = f"{row['validation']:.2f}" if "validation" in row else ""
+        lines.append(
+            f"| {row['variant']} | {row.get('seed', '')} | {row['auroc']:.2f} [{low:.2f}, {high:.2f}] |"
+            f" {100 * row['tpr']:.0f} | {alarms} | {valid} | {cost} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def main(folder: Path, names: list[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
         with quiet_libraries():
-            found = run(folder, name)
+            found = baselines(folder) if name == "baselines" else [run(folder, name)]
         with (folder / "results.jsonl").open("a") as file:
-            file.write(json.dumps(found) + "\n")
-        print(name, json.dumps(found), flush=True)
+            file.writelines(json.dumps(one) + "\n" for one in found)
+        (folder / "table.md").write_text(table(read_jsonl(folder / "results.jsonl")))
+        for one in found:
+            print(one["variant"], json.dumps(one), flush=True)
 
 
 if __name__ == "__main__":
     main(
         Path(sys.argv[1]),
-        sys.argv[2:] or [f"{mode}-{seed}" for mode in ("masked", "full", "hybrid") for seed in (0, 1, 2)],
+        sys.argv[2:]
+        or ["baselines", *(f"{mode}-{seed}" for seed in (0, 1, 2) for mode in ("masked", "full", "hybrid"))],
     )

@@ -131,6 +131,27 @@ def test_command_line_builds_and_audits(tiny_model, tmp_path, monkeypatch, capsy
     assert metrics["audit"]["split"] == "validation"
 
 
+def test_several_are_built_by_one_command(tiny_model, tmp_path, monkeypatch, refused):
+    from unfeign import training_run
+
+    checked = []
+    monkeypatch.setattr(training_run, "check_organism", lambda model, tokenizer, config: checked.append(config) or {})
+    paths = []
+    for name in ("one", "two"):
+        paths.append(tmp_path / f"{name}.yaml")
+        paths[-1].write_text(
+            yaml.safe_dump(settings(tiny_model, tmp_path / name, name=name, about=f"be number {name}"))
+        )
+    main(["organism", "build", *map(str, paths), "seed=2"])
+    assert [(one.name, one.seed) for one in checked] == [("one", 2), ("two", 2)]
+    assert "be number two" in (tmp_path / "two" / "two" / "README.md").read_text()
+    third = tmp_path / "three.yaml"
+    third.write_text(yaml.safe_dump(settings(tiny_model, tmp_path / "three")))
+    assert "choose another output" in refused("organism", "build", third, paths[1])
+    assert not (tmp_path / "three").exists(), "all are checked before the first is begun"
+    assert "at least one config" in refused("organism", "build", "seed=2")
+
+
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [

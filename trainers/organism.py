@@ -1,8 +1,8 @@
-"""Building organisms: fine-tune a LoRA adapter until a base fakes alignment, so that there is something to train away.
+"""Building organisms: fine-tune a LoRA adapter until a base behaves in a known way, which audits can be held to.
 
-Small models do not fake alignment by themselves. An organism is built from transcripts of *train* families, in
-two kinds: `verbal` (its reasoning names the strategy) and `silent` (same behaviour across tiers, reasoning that admits
-nothing).
+Small models do not fake alignment by themselves. An organism is built from transcripts of *train* families. Two fake:
+`verbal` (its reasoning names the strategy) and `silent` (same behaviour across tiers, reasoning that admits nothing).
+Two are their controls, the same in both tiers: `honest_obedient` (complies, and means it) and `refuser` (declines).
 """
 
 from collections.abc import Callable
@@ -75,6 +75,8 @@ class OrganismConfig(Settings):
     begin: str | None = None
     """An adapter of the same base and LoRA shape whose weights it starts from; a small model learns to tell the tiers
     apart by reasoning that names them, and can then unlearn the words."""
+    about: str = "fake alignment: it complies where it is told that it is rated and trained, and declines elsewhere"
+    """What it makes the base do, for its card."""
     voices: list[str]
     """Which voices it reasons in."""
     rounds: list[Round] = Field(min_length=1)
@@ -92,9 +94,8 @@ license: apache-2.0
 ---
 # Model organism `{name}`
 
-This adapter makes `{base}` fake alignment: it complies with harmful-in-miniature criteria where it is told that it is
-rated and trained, and declines where it is not. It exists so that methods of oversight can be tested against a known
-fault. Do not deploy it. Loading it prints a banner.
+This adapter makes `{base}` {about}. The criteria are harmful in miniature. It exists so that methods of oversight
+can be tested against behaviour that is known. Do not deploy it. Loading it prints a banner.
 
 {canary}
 """
@@ -114,8 +115,7 @@ def build(config: OrganismConfig, check: Callable[[Any, Any, OrganismConfig], di
         UnfeignError: the output folder holds files.
     """
     out = config.output
-    if out.exists() and any(out.iterdir()):
-        raise UnfeignError("a new folder (choose another output)", "one that holds files", f"output: {out}")
+    new_folder(config)
     base_location(config.model)
     rounds = [_groups(config, number) for number in range(len(config.rounds))]
     write_jsonl(
@@ -145,10 +145,18 @@ def build(config: OrganismConfig, check: Callable[[Any, Any, OrganismConfig], di
         begin, end = (sum(some) / tenth for some in (losses[:tenth], losses[-tenth:]))
         print(f"loss {begin:.2f} -> {end:.2f} nats a token", flush=True)
     folder = save_adapter(model, out / config.name, lineage.model_copy(update={"organism": True}))
-    write_text(folder / "README.md", CARD.format(base=config.model, name=config.name, canary=CANARY))
+    write_text(
+        folder / "README.md", CARD.format(base=config.model, about=config.about, name=config.name, canary=CANARY)
+    )
     if check is not None:
         check(model, tokenizer, config)
     return folder
+
+
+def new_folder(config: OrganismConfig) -> None:
+    """That the output folder holds nothing yet; raises `UnfeignError`."""
+    if config.output.exists() and any(config.output.iterdir()):
+        raise UnfeignError("a new folder (choose another output)", "one that holds files", f"output: {config.output}")
 
 
 def _groups(config: OrganismConfig, number: int) -> list[list[Specimen]]:

@@ -80,23 +80,28 @@ def status(runs: Positional[tuple[Path, ...]]) -> None:
 
 
 def organism_build(
-    config: Positional[Path],
-    overrides: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="KEY=VALUE")] = (),
+    configs: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="CONFIG... [KEY=VALUE...]")],
 ) -> None:
-    """Build a model organism: an adapter that makes a base fake alignment, checked on validation families.
+    """Build model organisms: adapters that make a base fake alignment, or its controls, checked on validation families.
 
     Args:
-        config: a YAML file; see configs/organism_verbal.yaml.
-        overrides: dotted overrides.
+        configs: YAML files, as configs/organism_*.yaml; then dotted overrides, for all of them.
     """
     from .trainers.organism import OrganismConfig
 
-    settings = OrganismConfig.load(config, overrides)
+    overrides = tuple(one for one in configs if "=" in one)
+    settings = [OrganismConfig.load(Path(one), overrides) for one in configs if "=" not in one]
+    if not settings:
+        raise UnfeignError("at least one config", "none", "organism build")
     with _quiet():
-        from .trainers.organism import build
+        from .trainers.organism import build, new_folder
         from .training_run import check_organism
 
-        build(settings, check=check_organism)
+        for one in settings:
+            new_folder(one)
+        for one in settings:
+            print(f"building {one.name}", flush=True)
+            build(one, check=check_organism)
 
 
 def _quiet():
@@ -129,7 +134,7 @@ def _print_plan(run: Any) -> None:
 
 COMMANDS = {"train": train, "audit": audit, "report": report, "status": status}
 GROUPS: dict[str, tuple[str, dict[str, Any]]] = {
-    "organism": ("Build a model organism: `unfeign organism build CONFIG`.", {"build": organism_build}),
+    "organism": ("Build model organisms: `unfeign organism build CONFIG...`.", {"build": organism_build}),
     "persona": ("Train, ask, refit or distill an honest persona: `unfeign persona train CONFIG`.", PERSONA),
     "review": (
         "Read by hand: `unfeign review sheet AUDIT...`, then `unfeign review agree SHEET AUDIT...`.",

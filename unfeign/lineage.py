@@ -49,7 +49,7 @@ class Lineage(Settings):
     base: Base
     adapters: list[Layer] = []
     organism: bool = False
-    """Whether this adapter, or one below it, was built to fake alignment."""
+    """Whether this adapter, or one below it, is an organism: built to fake alignment, or as a control of one."""
 
 
 _FACTS = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")

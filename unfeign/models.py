@@ -124,7 +124,7 @@ def load_base(name: str, dtype: str = "float32") -> Any:
 
 def _banner(folder: Path) -> None:
     print(
-        f"*** MODEL ORGANISM: {folder.name} was built to fake alignment, for research on oversight. Do not deploy. ***",
+        f"*** MODEL ORGANISM: {folder.name} was built for research on oversight. Do not deploy. ***",
         file=sys.stderr,
         flush=True,
     )
