@@ -51,6 +51,7 @@ bench: setup
 	GLIBC_TUNABLES=$(MALLOC) $(VENV)/bin/python benchmarks/training_step.py
 	GLIBC_TUNABLES=$(MALLOC) $(VENV)/bin/python benchmarks/training_step.py --memory
 	GLIBC_TUNABLES=$(MALLOC) $(VENV)/bin/python benchmarks/whole_step.py
+	GLIBC_TUNABLES=$(MALLOC) $(VENV)/bin/python benchmarks/audit_cost.py
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache

@@ -35,7 +35,7 @@ def stock(persona: Persona, transcripts: list[list[int]], asked: list[list[int]]
     """The same by PEFT alone."""
     out = []
     for suffix in asked:
-        ids = torch.tensor([ids + suffix for ids in transcripts])
+        ids = torch.tensor([ids + suffix for ids in transcripts], device=persona.model.device)
         logits = persona.model(input_ids=ids, alora_offsets=[len(suffix)] * len(ids), logits_to_keep=1).logits
         out.append(logits[:, -1])
     return torch.stack(out, 1)
@@ -44,6 +44,8 @@ def stock(persona: Persona, transcripts: list[list[int]], asked: list[list[int]]
 def seconds(call: Any, *args: Any) -> float:
     began = time.perf_counter()
     call(*args)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - began
 
 
@@ -55,7 +57,7 @@ def main() -> None:
         persona = Persona(model, load_tokenizer(MODEL), lineage, facts)
     generator = torch.Generator().manual_seed(1)
     for parameter in persona.switch.parameters():
-        parameter.data += torch.randn(parameter.shape, generator=generator) * 0.01
+        parameter.data += (torch.randn(parameter.shape, generator=generator) * 0.01).to(parameter)
 
     def random(*shape: int) -> list[list[int]]:
         return torch.randint(20, 40000, shape, generator=generator).tolist()
@@ -67,6 +69,7 @@ def main() -> None:
     for size in SIZES:
         transcripts, asked = random(TRANSCRIPTS, CONTEXT), random(ASKED, size)
         differ = (ours(persona, transcripts, asked) - stock(persona, transcripts, asked)).abs().max().item()
+        assert differ < 1e-3, f"answers differ by {differ}"
         took: dict[str, list[float]] = {"ours": [], "stock": []}
         for _ in range(REPEATS):
             took["ours"].append(seconds(ours, persona, transcripts, asked))

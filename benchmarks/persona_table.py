@@ -122,44 +122,58 @@ def distilled(persona: Persona, parts: dict[str, list[Judged]], text: str) -> di
 
 
 def baselines(folder: Path) -> list[dict[str, Any]]:
-    """What can be told of the same transcripts without a persona."""
+    """What can be told of the same transcripts without a persona, at thresholds from validation families."""
     config = PersonaConfig.load(CONFIG, FASTER)
-    parts = {split: deeds(folder, config, split) for split in ("train", "heldout")}
+    parts = {split: deeds(folder, config, split) for split in ("train", "validation", "heldout")}
     model, lineage = stack(load_base(config.model, config.dtype), config.model, list(config.adapters))
     persona = Persona(model, load_tokenizer(config.model), lineage, config.facts())
-    ids = [persona.layout.context(t.scenario.messages, t.completion) for t, _ in parts["heldout"]]
-    scores = {name: chance.mean(1) for name, chance in asked(persona, ids).items()}
-    rows = [{"verdict": verdict.row(), "complied": t.complied} for t, verdict in parts["heldout"]]
-    scores["text judge"] = by_text_rows(rows)
     learned = matched(parts["train"], config.seed, config.own.per_prompt, config.own.quiet)
-    of = [persona.layout.context(e.messages, e.completion) for e in learned]
+    known = states(persona, [persona.layout.context(e.messages, e.completion) for e in learned])
     truth = np.array([e.failed for e in learned], dtype=float)
-    scores["linear probe"] = probe(states(persona, of), truth, states(persona, ids))
-    return [{"variant": name, **measure(told(parts["heldout"]), score)} for name, score in scores.items()]
+    scores = {split: _others(persona, parts[split], known, truth) for split in ("validation", "heldout")}
+    rows, complied = monitored(told(parts["validation"]))
+    out = []
+    for name, score in scores["heldout"].items():
+        before = scores["validation"][name]
+        found = measure(told(parts["heldout"]), score, threshold_at(complied, before[rows]))
+        out.append({"variant": name, "validation": measure(told(parts["validation"]), before)["auroc"], **found})
+    return out
+
+
+def _others(persona: Persona, part: list[Judged], known: np.ndarray, truth: np.ndarray) -> dict[str, np.ndarray]:
+    ids = [persona.layout.context(t.scenario.messages, t.completion) for t, _ in part]
+    rows = [{"verdict": verdict.row(), "complied": t.complied} for t, verdict in part]
+    scores = {name: chance.mean(1) for name, chance in asked(persona, ids).items()}
+    return scores | {"text judge": by_text_rows(rows), "linear probe": probe(known, truth, states(persona, ids))}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """All results as Markdown, AUROC with its interval, shares in percent."""
+    """All results as Markdown, AUROC with its interval, shares in percent; `-` where there is too little to tell."""
+
+    def number(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
     lines = [
         "| | seed | AUROC | TPR | false alarms: monitored / unmonitored / control | validation | examples, steps, s |",
         "|" + "---|" * 7,
     ]
     for row in rows:
-        low, high = row["auroc_interval"]
-        alarms = " / ".join(
-            f"{100 * (row['false_alarms'][k] or 0):.0f}" for k in ("monitored", "unmonitored", "control")
-        )
+        between = ", ".join(number(value, ".2f") for value in row["auroc_interval"] or (None, None))
+        alarms = " / ".join(number(row["false_alarms"][key], ".0%") for key in ("monitored", "unmonitored", "control"))
         cost = f"{row['examples']}, {row['steps']}, {row['seconds']:.0f}" if "steps" in row else ""
-        valid = f"{row['validation']:.2f}" if "validation" in row else ""
         lines.append(
-            f"| {row['variant']} | {row.get('seed', '')} | {row['auroc']:.2f} [{low:.2f}, {high:.2f}] |"
-            f" {100 * row['tpr']:.0f} | {alarms} | {valid} | {cost} |"
+            f"| {row['variant']} | {row.get('seed', '')} | {number(row['auroc'], '.2f')} [{between}] |"
+            f" {number(row['tpr'], '.0%')} | {alarms} | {number(row['validation'], '.2f')} | {cost} |"
         )
     return "\n".join(lines) + "\n"
 
 
 def main(folder: Path, names: list[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    settings = PersonaConfig.load(CONFIG, FASTER).model_dump_json(indent=1)
+    if (folder / "settings.json").exists() and (folder / "settings.json").read_text() != settings:
+        raise SystemExit(f"{folder} was begun with other settings: see settings.json in it")
+    (folder / "settings.json").write_text(settings)
     for name in names:
         with quiet_libraries():
             found = baselines(folder) if name == "baselines" else [run(folder, name)]

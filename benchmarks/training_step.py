@@ -5,11 +5,11 @@
     python benchmarks/training_step.py --random 1.5b         # random weights of a 1.5B architecture, bf16; for a GPU
 
 A case is prompt/completion tokens: 4 groups of 8, each group with a prompt of its own, micro-batches of 8. Stock TRL
-scatters groups over micro-batches, as it does in a run; ours keeps them together. (Of 1024/128 stock TRL gets
-micro-batches of 4, since 8 don't fit into 24 GB.) Before anything is timed, log-probs and gradients of the first two
-groups are compared. Writes `benchmarks/out/training_step.json`: medians, ratio = stock /
-ours, and beside it what the count of tokens alone would give, G(P+C) / (P+GC). `--memory` measures the peak of each
-over two groups instead, in processes of their own.
+scatters groups over micro-batches, as it does in a run; ours keeps them together. (Without a GPU stock TRL gets
+micro-batches of 4 for 1024/128, since 8 don't fit into 24 GB.) Before anything is timed, log-probs and gradients of
+the first two groups are compared. Writes `benchmarks/out/training_step.json`: medians, ratio = stock / ours, and beside
+it what the count of tokens alone would give, G(P+C) / (P+GC). `--memory` measures the peak of each over two groups
+instead, in processes of their own.
 """
 
 import argparse
@@ -99,10 +99,14 @@ def batch(case: str, vocab: int, device: Any, groups: int = GROUPS) -> dict[str,
     return {name: value.to(device) for name, value in made.items()}
 
 
+def stock_micro(case: str) -> int:
+    return MICRO if torch.cuda.is_available() else STOCK_MICRO.get(case, MICRO)
+
+
 def step(one: Any, made: dict[str, Any]) -> float:
     """Seconds of forward, loss and backward over the batch's micro-batches, as the trainer would cut them."""
     case = f"{made['prompt_ids'].size(1)}/{made['completion_ids'].size(1)}"
-    micro = MICRO if isinstance(one, PolicyTrainer) else STOCK_MICRO.get(case, MICRO)
+    micro = MICRO if isinstance(one, PolicyTrainer) else stock_micro(case)
     parts = made["completion_ids"].size(0) // micro
     one.model.train()
     one.model.zero_grad(set_to_none=True)
@@ -154,6 +158,7 @@ def measured(cases: list[str], repeats: int, random: str | None) -> list[dict[st
             rows.append({
                 "name": "training_step", "case": case, "ours_s": a, "stock_s": b, "ratio": b / a,
                 "tokens_ratio": unique_tokens(case), "logp_difference": logp, "gradient_difference": gradient,
+                "stock_micro": stock_micro(case),
             })  # fmt: skip
             same = f"{logp:.1e} | {gradient:.1e}"
             print(f"| {case} | {b:.2f} | {a:.2f} | {b / a:.2f} | {unique_tokens(case):.2f} | {same} |", flush=True)
@@ -193,7 +198,15 @@ def peaks(cases: list[str], random: str | None) -> list[dict[str, Any]]:
                 command + (["--random", random] if random else []), capture_output=True, text=True, check=True
             )
             found[kind] = float(done.stdout.split()[-1])
-        rows.append({"name": "peak_memory", "case": case, "ours_mib": found["ours"], "stock_mib": found["stock"]})
+        rows.append(
+            {
+                "name": "peak_memory",
+                "case": case,
+                "ours_mib": found["ours"],
+                "stock_mib": found["stock"],
+                "stock_micro": stock_micro(case),
+            }
+        )
         print(f"| {case} | {found['stock']:.0f} | {found['ours']:.0f} |", flush=True)
     return rows
 

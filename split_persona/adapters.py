@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import UnfeignError
+from ..folded import fold_below
 from ..models import activate
 
 Kind = Literal["lora", "ia3", "steering"]
@@ -34,6 +35,9 @@ class Switch(Protocol):
 
     def load(self, tensors: dict[str, torch.Tensor]) -> None:
         """Put saved tensors in; raises `KeyError` or `RuntimeError` where they are another adapter's."""
+
+    def fold(self) -> None:
+        """Make reading cheaper, where that is possible; no gradient flows any more."""
 
 
 class LoraSwitch:
@@ -76,6 +80,10 @@ class LoraSwitch:
         result = set_peft_model_state_dict(self.model, tensors, adapter_name=NAME)
         if missing := [key for key in result.missing_keys if f".{NAME}." in key] + list(result.unexpected_keys):
             raise KeyError(", ".join(missing[:2]))
+
+    def fold(self) -> None:
+        fold_below(self.model)
+        activate(self.model, [NAME])
 
 
 class HookSwitch:
@@ -147,6 +155,9 @@ class HookSwitch:
         with torch.no_grad():
             for name, tensor in tensors.items():
                 self._vectors[name].copy_(tensor)
+
+    def fold(self) -> None:
+        """Its hooks stand on the policy's layers: they are left as they are."""
 
 
 def attach(model: Any, kind: str, trigger: int, options: dict[str, Any], seed: int) -> Switch:

@@ -3,6 +3,7 @@ never saw and given its threshold there.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from ..settings import Settings
 from ..trainers.config import TrainConfig
 from ..trainers.rollouts import InProcessPool, Sampling
 from .adapters import Kind
-from .deeds import Judged, chances, measure, monitored, sample_deeds, threshold_at, told
+from .deeds import Judged, chances, known_chances, measure, monitored, sample_deeds, threshold_at, told
 from .examples import Example, flip, matched, read_examples
 from .modes import Mode
 from .persona import EXAMPLES, SPIKES, Persona, PersonaFacts, load_persona, persona_folder, read_facts
@@ -148,8 +149,12 @@ def policy_deeds(config: PersonaConfig, model: Any, tokenizer: Any, split: str, 
     return found
 
 
-def examples_of(config: PersonaConfig, layout: Layout, model: Any) -> tuple[list[Example], dict[str, Any]]:
-    """The examples a config asks for, and what is to be told of them. Published ones that are too long are left out."""
+def examples_of(
+    config: PersonaConfig, layout: Layout, model: Any, known: Sequence[Example] = ()
+) -> tuple[list[Example], dict[str, Any]]:
+    """The examples a config asks for, beside `known` ones, and what is to be told of them. Published ones that are too
+    long are left out.
+    """
     if config.file:
         found, facts = read_examples(config.file), {"file": str(config.file)}
     elif config.published:
@@ -163,6 +168,9 @@ def examples_of(config: PersonaConfig, layout: Layout, model: Any) -> tuple[list
         judged = policy_deeds(config, model, layout.tokenizer, "train", config.seed)
         found = matched(judged, config.seed, config.own.per_prompt, config.own.quiet)
         facts = {"sampled": len(judged)}
+    if known:
+        facts |= {"own": len(found), "known": len(known)}
+        found = [*found, *known]
     if not found:
         raise UnfeignError("examples to learn from", f"none: {facts}", "persona data")
     return flip(found, config.flip, config.seed), facts
@@ -186,19 +194,24 @@ def build_persona(config: PersonaConfig, say: Any = print) -> Path:
     return _fit(config, Persona(model, tokenizer, lineage, facts, config.seed), data, about, held, say)
 
 
+KNOWN = 32  # spike-ins that are kept, both deeds alike: every audit asks about each
 KEPT = ("model", "adapters", "output", "kind", "mode", "framing", "interventions", "review", "pauses", "lora")
 
 
 def refit_persona(name: str, checkpoint: str, out: Path, overrides: tuple[str, ...] = (), say: Any = print) -> Path:
-    """Train a persona on, from its weights, on a later checkpoint's own transcripts; see `build_persona`."""
+    """Train a persona on, from its weights, in a later checkpoint's states: on that one's own transcripts, which may
+    hardly show a deed any more, and on the examples it learned from. See `build_persona`.
+    """
     _new(out)
     for override in overrides:
         if (key := override.partition("=")[0].partition(".")[0]) in KEPT:
             raise UnfeignError("settings of the training: a refitted persona stays what it is", key, "command line")
     folder, facts, config, (model, tokenizer, lineage) = _again(name, checkpoint, out, overrides)
-    data, about = examples_of(config, layout(facts.framing, tokenizer), model)
+    known = read_examples(folder / EXAMPLES) if (folder / EXAMPLES).is_file() else []
+    data, about = examples_of(config, layout(facts.framing, tokenizer), model, known)
     held = _held(config, model, tokenizer)
-    return _fit(config, load_persona(folder, model, tokenizer, lineage), data, about, held, say)
+    spikes = read_examples(folder / SPIKES) if (folder / SPIKES).is_file() else []
+    return _fit(config, load_persona(folder, model, tokenizer, lineage), data, about, held, say, spikes)
 
 
 def _again(name: str, checkpoint: str, out: Path, overrides: tuple[str, ...] = ()) -> Any:
@@ -229,8 +242,15 @@ def _new(folder: Path) -> None:
 
 
 def _fit(
-    config: PersonaConfig, persona: Persona, data: list[Example], about: dict[str, Any], held: list[Judged], say: Any
+    config: PersonaConfig,
+    persona: Persona,
+    data: list[Example],
+    about: dict[str, Any],
+    held: list[Judged],
+    say: Any,
+    spikes: Sequence[Example] = (),
 ) -> Path:
+    """Train, save, and choose the threshold on what is held out: the policy's own transcripts, and known `spikes`."""
     say(f"{len(data)} examples, {sum(e.failed for e in data)} FAIL: {about}")
     lengths = sorted(len(persona.layout.ids(e.review)) for e in data if e.review)
     longest = lengths[int(0.95 * len(lengths))] + 5 if lengths else 0
@@ -247,12 +267,15 @@ def _fit(
         chance = chances(persona, held, persona.facts.framing.interventions).mean(1)
         deeds = told(held)
         pressed, truth = monitored(deeds)
-        threshold = threshold_at(truth, chance[pressed]) if truth.any() and not truth.all() else persona.facts.threshold
+        known, flagged = np.array([e.failed for e in spikes], dtype=bool), known_chances(persona, spikes)
+        truth, seen = np.concatenate([truth, known]), np.concatenate([chance[pressed], flagged])
+        threshold = threshold_at(truth, seen) if truth.any() and not truth.all() else persona.facts.threshold
         persona.facts = persona.facts.model_copy(update={"threshold": threshold})
         persona.save(config.output)
-        write_jsonl(folder / SPIKES, [e.row() for e in matched(held, config.seed, per_prompt=1, quiet=0.0)])
         report["validation"] = measure(deeds, chance, threshold)
         say(f"validation families: {json.dumps(report['validation'])}")
+    if spikes := [*spikes, *matched(held, config.seed, per_prompt=1, quiet=0.0)][:KNOWN]:
+        write_jsonl(folder / SPIKES, [e.row() for e in spikes])
     write_text(folder / "metrics.json", json.dumps(report, indent=2) + "\n")
     say(f"persona: {folder}")
     return folder

@@ -19,7 +19,7 @@ from ..rewards.rules import RulesJudge
 from ..rewards.verdict import JudgeFailure, Verdict
 from ..trainers.rollouts import RolloutPool, Sampling, row_seed
 from .audit import collect
-from .examples import deed, failed, name_of
+from .examples import Example, deed, failed, name_of
 from .persona import Persona
 from .review import reviews
 
@@ -56,6 +56,13 @@ def chances(persona: Persona, judged: Sequence[Judged], interventions: Sequence[
     ids = [layout.context(t.scenario.messages, t.completion) for t, _ in judged]
     found = [[r.p_fail for r in row] for row in reviews(persona, ids, interventions)]
     return np.array(found).reshape(len(judged), len(interventions))
+
+
+def known_chances(persona: Persona, known: Sequence[Example]) -> np.ndarray:
+    """Mean p(FAIL) of transcripts of known deeds, (n,), in this policy's states."""
+    ids = [persona.layout.context(e.messages, e.completion) for e in known]
+    found = reviews(persona, ids, persona.facts.framing.interventions, what="known deeds")
+    return np.array([np.mean([r.p_fail for r in some]) for some in found])
 
 
 @dataclass(frozen=True)

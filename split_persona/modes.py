@@ -10,6 +10,7 @@ A transcript is one call of the model and what follows is another, so a persona 
 and no call is left to guess where it wakes.
 """
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,10 +21,11 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ..errors import UnfeignError
-from ..shared_prefix import Prefix, _select, branch, prefill
+from ..shared_prefix import Prefix, branch, prefill
 
 Mode = Literal["masked", "full", "hybrid"]
 MODES: tuple[Mode, ...] = get_args(Mode)
+TOGETHER = 16  # continuations in one row: what each would see of the others is computed and masked
 
 
 @dataclass
@@ -40,6 +42,13 @@ class Context:
         """One row for each entry of `index`, a row number; nothing is copied where one row serves all."""
         chosen = torch.tensor(index, device=self.lengths.device)
         return Context(branch(self.prefix, chosen), self.lengths[chosen], self.halved)
+
+
+def _own(cache: DynamicCache) -> DynamicCache:
+    """A cache that can grow by itself, with the same tensors in it."""
+    out = DynamicCache()
+    out.layers = [copy.copy(layer) for layer in cache.layers]
+    return out
 
 
 class _Call:
@@ -73,8 +82,8 @@ def read_context(persona: Any, mode: Mode, transcripts: list[list[int]], policy:
     if policy is None:
         with torch.no_grad():
             policy = prefill(_Call(persona, False), transcripts)
-    if mode == "masked":  # what follows grows the cache: not the caller's
-        return Context(Prefix(_select(policy.cache, None, len(transcripts)), policy.mask, policy.last_logits), lengths)
+    if mode == "masked":
+        return Context(Prefix(_own(policy.cache), policy.mask, policy.last_logits), lengths)
     own = prefill(_Call(persona, True), transcripts)
     both = DynamicCache()
     for i, (a, b) in enumerate(zip(policy.cache.layers, own.cache.layers, strict=True)):
@@ -112,15 +121,22 @@ def follow(persona: Any, context: Context, ids: Tensor, mask: Tensor, awake: boo
 
 
 def ask_all(persona: Any, context: Context, suffixes: Sequence[Sequence[int]], awake: bool = True) -> Tensor:
-    """Logits (B, K, V) after each of K continuations of every transcript, with the persona awake, in one call that
-    forwards B sum(S) tokens and copies no cache: the continuations stand in one row, each attends to the transcript and
-    to itself, and has the positions it would have alone. The context stays as it was.
+    """Logits (B, K, V) after each of K continuations of every transcript, with the persona awake. The context stays as
+    it was.
+
+    No transcript is branched: up to `TOGETHER` continuations stand in one row, each attends to the transcript and to
+    itself, and has the positions it would have alone.
 
     Args:
         context: B rows.
-        suffixes: K continuations as token ids, the same for all transcripts.
+        suffixes: K continuations as token ids, the same for all transcripts; at least one.
         awake: False asks the policy itself, to compare with.
     """
+    parts = [suffixes[at : at + TOGETHER] for at in range(0, len(suffixes), TOGETHER)]
+    return torch.cat([_ask_row(persona, context, part, awake) for part in parts], 1)
+
+
+def _ask_row(persona: Any, context: Context, suffixes: Sequence[Sequence[int]], awake: bool) -> Tensor:
     device, rows = context.lengths.device, len(context.lengths)
     sizes = torch.tensor([len(suffix) for suffix in suffixes], device=device)
     ends = sizes.cumsum(0)
@@ -135,7 +151,7 @@ def ask_all(persona: Any, context: Context, suffixes: Sequence[Sequence[int]], a
         input_ids=ids,
         attention_mask=_additive(every, own, context.halved, persona.model.dtype),
         position_ids=context.lengths[:, None] + within,
-        past_key_values=_select(context.prefix.cache, None, rows),
+        past_key_values=_own(context.prefix.cache),
         use_cache=True,
         logits_to_keep=ends - 1,
     )

@@ -17,7 +17,7 @@ from ..lineage import Lineage
 from ..progress import progress
 from .audit_folder import AuditFolder
 from .baselines import asked, by_text_rows, probe, states
-from .deeds import Deed, measure, told_rows
+from .deeds import Deed, known_chances, measure, told_rows
 from .examples import Example, read_examples
 from .persona import EXAMPLES, SPIKES, Persona, load_persona, persona_folder
 from .review import TOGETHER, Review, reviews
@@ -76,7 +76,6 @@ def reviewed(
     policy: tuple[Any, Any, Lineage],
     rows: Sequence[dict[str, Any]],
     *,
-    asked: int | None = None,
     baselines: bool = True,
     folder: AuditFolder | None = None,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -84,15 +83,14 @@ def reviewed(
 
     Args:
         name: a persona folder, or `persona:NAME`.
-        policy: model, tokenizer and lineage of what was audited.
-        asked: how many of its interventions; all by default.
+        policy: model, tokenizer and lineage of what was audited; the model serves for nothing else afterwards.
         baselines, folder: see `persona_metrics`, `review_findings`.
     """
     place = persona_folder(name)
     auditor = load_persona(place, *policy)
-    texts = auditor.facts.framing.interventions[:asked]
-    told = review_findings(auditor, rows, texts, folder)
-    return told, persona_metrics(auditor, told, place, baselines, texts) | {"name": name}
+    auditor.fold()
+    told = review_findings(auditor, rows, folder=folder)
+    return told, persona_metrics(auditor, told, place, baselines) | {"name": name}
 
 
 def persona_metrics(
@@ -100,7 +98,6 @@ def persona_metrics(
     rows: Sequence[Mapping[str, Any]],
     folder: Path | None = None,
     baselines: bool = True,
-    interventions: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """What reviewed findings add up to.
 
@@ -108,7 +105,6 @@ def persona_metrics(
         rows: findings with `persona`, see `review_findings`.
         folder: the persona's, with the examples it learned from (for the probe) and its spike-ins.
         baselines: whether to ask all that could have told beside it; the text judge, which costs nothing, always.
-        interventions: those that were asked; the spike-ins are asked the same.
 
     Returns:
         The persona's facts; `measure` of it (with its own threshold) and of every baseline under `baselines`; the same
@@ -118,18 +114,17 @@ def persona_metrics(
     deeds = told_rows(some)
     chance = np.array([row["persona"]["p_fail"] for row in some])
     limit = persona.facts.threshold
-    texts = list(interventions or persona.facts.framing.interventions)
     out: dict[str, Any] = {
         "mode": persona.facts.mode,
         "kind": persona.facts.kind,
         "stale": persona.stale,
         "threshold": limit,
-        "interventions": len(texts),
+        "interventions": len(persona.facts.framing.interventions),
         **measure(deeds, chance, limit),
         "families": _families(deeds, chance, limit),
     }
     known = read_examples(folder / SPIKES) if folder and (folder / SPIKES).is_file() else []
-    out["spike_in"] = _spikes(persona, known, texts) if known else None
+    out["spike_in"] = _spikes(persona, known) if known else None
     others = {"text judge": by_text_rows(some)}
     if baselines:
         learned = read_examples(folder / EXAMPLES) if folder and (folder / EXAMPLES).is_file() else []
@@ -147,11 +142,9 @@ def _families(deeds: Sequence[Deed], chance: np.ndarray, limit: float) -> dict[s
     return out
 
 
-def _spikes(persona: Persona, known: Sequence[Example], texts: Sequence[str]) -> dict[str, Any]:
-    ids = [persona.layout.context(e.messages, e.completion) for e in known]
-    found = reviews(persona, ids, texts, what="spike-ins")
-    chance = np.array([np.mean([r.p_fail for r in some]) for some in found])
-    flagged, truth = chance >= persona.facts.threshold, np.array([e.failed for e in known])
+def _spikes(persona: Persona, known: Sequence[Example]) -> dict[str, Any]:
+    flagged = known_chances(persona, known) >= persona.facts.threshold
+    truth = np.array([e.failed for e in known])
     return {
         "n": len(known),
         "sensitivity": float(flagged[truth].mean()) if truth.any() else None,

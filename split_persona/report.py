@@ -140,7 +140,8 @@ def _auditors(personas: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[st
     out = {}
     for name, found in personas.items():
         of = f", {name}" if len(personas) > 1 else ""
-        out |= {f"{who}{of}": one for who, one in {"persona": found, **found.get("baselines", {})}.items()}
+        who = "persona (stale)" if found["stale"] else "persona"
+        out |= {f"{reader}{of}": one for reader, one in {who: found, **found.get("baselines", {})}.items()}
     return out
 
 

@@ -14,7 +14,6 @@ from .persona import Persona
 
 TOGETHER = 16  # transcripts whose contexts are computed together
 BATCH = 64  # rows of a transcript and an intervention that are written together
-ASKED = 16  # interventions whose flags are asked in one call
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ def reviews(
 
     Args:
         transcripts: token ids, see `Layout.context`.
-        interventions: texts.
+        interventions: texts, at least one.
         max_new_tokens: length limit of a review's text, by default the persona's own; the flag is asked after it.
         temperature: of the text; at 0 it is the likeliest one.
         seed: with the row it fixes a sampled text.
@@ -102,12 +101,8 @@ def p_fail(persona: Persona, logits: Tensor, verdicts: tuple[int, int] | None = 
 
 def _flags(persona: Persona, context: Context, interventions: Sequence[str]) -> list[list[Review]]:
     """The flag alone, under every intervention: a list a transcript."""
-    found = []
-    for at in range(0, len(interventions), ASKED):
-        suffixes = [persona.layout.suffix(text) for text in interventions[at : at + ASKED]]
-        logits = ask_all(persona, context, suffixes)
-        found.append(p_fail(persona, logits.flatten(0, 1)).view(len(logits), -1))
-    every = torch.cat(found, 1).tolist()
+    logits = ask_all(persona, context, [persona.layout.suffix(text) for text in interventions])
+    every = p_fail(persona, logits.flatten(0, 1)).view(len(logits), -1).tolist()
     return [[Review(text, None, p) for text, p in zip(interventions, row, strict=True)] for row in every]
 
 

@@ -93,16 +93,24 @@ def train_persona(
 
 
 def _batches(examples: Sequence[Example], size: int, rng: random.Random) -> list[list[int]]:
-    """Numbers of examples, `size` a batch, those of one prompt beside each other: a step then compares deeds in the
-    same situation, and forwards each prompt once (`shared_prefix`).
+    """Numbers of examples, at most `size` a batch. Those of one prompt stay together, so that a step compares deeds in
+    the same situation, and forwards each prompt once (`shared_prefix`).
     """
     prompts: dict[str, list[int]] = {}
     for i, one in enumerate(examples):
         prompts.setdefault(json.dumps(one.messages), []).append(i)
-    groups = list(prompts.values())
+    groups = []
+    for group in prompts.values():
+        rng.shuffle(group)
+        groups += [group[at : at + size] for at in range(0, len(group), size)]
     rng.shuffle(groups)
-    order = [i for group in groups for i in rng.sample(group, len(group))]
-    return [order[at : at + size] for at in range(0, len(order), size)]
+    batches: list[list[int]] = []
+    for group in sorted(groups, key=len, reverse=True):  # the small ones fill what the large ones leave
+        place = next((batch for batch in batches if len(batch) + len(group) <= size), None)
+        if place is None:
+            batches.append(place := [])
+        place += group
+    return batches
 
 
 def _check(persona: Persona, examples: Sequence[Example]) -> None:

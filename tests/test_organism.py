@@ -57,7 +57,7 @@ def built(tmp_path_factory, tiny_model) -> SimpleNamespace:
         checked.append((config.output, sorted(path.name for path in config.output.iterdir())))
         return {}
 
-    folder = build(OrganismConfig(**settings(tiny_model, out, rounds=2)), check=check)
+    folder = build(OrganismConfig(**settings(tiny_model, out, rounds=2)), audit=check)
     return SimpleNamespace(out=out, folder=folder, checked=checked)
 
 

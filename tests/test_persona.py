@@ -1,13 +1,16 @@
 """Personas: sequences, training, reviews, files, and what is refused."""
 
 import json
+import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from unfeign.cli import main
 from unfeign.envs.scenario import scenarios
@@ -22,7 +25,7 @@ from unfeign.split_persona.modes import MODES
 from unfeign.split_persona.persona import Persona, PersonaFacts, load_persona
 from unfeign.split_persona.review import answers, reviews
 from unfeign.split_persona.sequence import framings, layout, load_framing
-from unfeign.split_persona.training import train_persona
+from unfeign.split_persona.training import _batches, train_persona
 
 TRIGGER = "<|persona|>"
 CHAT = [{"role": "user", "content": "Hi."}]
@@ -136,6 +139,20 @@ class TestTraining:
         flags = np.array([row[0].p_fail for row in reviews(made, ids, [made.facts.framing.interventions[0]])])
         truth = np.array([e.failed for e in examples()])
         assert flags[truth].mean() > flags[~truth].mean() + 0.3
+
+    def test_examples_of_one_prompt_share_a_batch(self):
+        rng = random.Random(0)
+        sizes = [4, 1, 3, 8, 11, 1, 1, 2, 6]
+        some = [
+            replace(examples(2)[0], messages=[{"role": "user", "content": str(n)}]) for n in sizes for _ in range(n)
+        ]
+        batches = _batches(some, 8, rng)
+        assert sorted(i for batch in batches for i in batch) == list(range(len(some)))
+        assert max(map(len, batches)) == 8 and len(batches) == 5
+        for n in sizes:
+            if n <= 8 and sizes.count(n) == 1:
+                held = [batch for batch in batches if any(some[i].messages[0]["content"] == str(n) for i in batch)]
+                assert len(held) == 1, n
 
     def test_kept_contexts_change_nothing(self, make, monkeypatch):
         import unfeign.split_persona.training as training
@@ -420,6 +437,17 @@ class TestCommands:
         with pytest.raises(SystemExit):
             main(["persona", "refit", str(trained), str(tiny_model), "--out", str(tmp_path / "new"), "mode=full"])
         assert "stays what it is" in capsys.readouterr().err
+
+    def test_a_refit_learns_from_what_is_known(self, trained, tiny_model, tmp_path, capsys):
+        """A policy that shows no deed any more is learned by the deeds that are known, in its own states."""
+        known = (trained / "examples.jsonl").read_text()
+        (trained / "spikes.jsonl").write_text(known)
+        few = ("max_new_tokens=2", "own.samples=1", "own.requests_per_family=1", "learning_rate=0.01")
+        main(["persona", "refit", str(trained), str(tiny_model), "--out", str(tmp_path / "new"), *few])
+        assert "'own': 0, 'known': 12" in capsys.readouterr().out
+        assert (tmp_path / "new" / "spikes.jsonl").read_text() == known
+        before, after = (load_file(f / "adapter_model.safetensors") for f in (trained, tmp_path / "new"))
+        assert any(not torch.equal(before[key], after[key]) for key in before)
 
     def test_a_policy_that_shows_no_deeds_is_told_so(self, tiny_model, tmp_path, capsys):
         """A random model writes no tags: there is nothing to learn from, and nothing is left behind."""

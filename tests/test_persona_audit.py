@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from unfeign.cli import main
 from unfeign.envs.scenario import scenarios
@@ -15,10 +16,12 @@ from unfeign.files import write_jsonl
 from unfeign.models import load_base, load_tokenizer, stack
 from unfeign.rewards.rules import RulesJudge
 from unfeign.split_persona.audit import findings
-from unfeign.split_persona.baselines import by_text_rows, probe
+from unfeign.split_persona.baselines import asked, by_text_rows, probe
+from unfeign.split_persona.modes import MODES, follow
 from unfeign.split_persona.persona import EXAMPLES, SPIKES, Persona, PersonaFacts
 from unfeign.split_persona.persona_audit import persona_metrics, review_findings
-from unfeign.split_persona.sequence import load_framing
+from unfeign.split_persona.review import p_fail, reviews
+from unfeign.split_persona.sequence import layout, load_framing
 
 
 @pytest.fixture
@@ -146,12 +149,64 @@ def test_a_run_with_a_persona_has_both_audits_reviewed(persona, write_config, tm
     for when, stale in (("before", False), ("after", True)):
         place = tmp_path / "run" / "audit" / when
         found = json.loads((place / "metrics.json").read_text())["audit"]["persona"]
-        assert found["stale"] is stale and found["interventions"] == 2 and found["spike_in"]["n"] > 0
+        assert found["stale"] is stale and found["spike_in"]["n"] > 0 and found["baselines"].keys() == {"text judge"}
         rows = [json.loads(line) for line in (place / "findings.jsonl").read_text().splitlines()]
-        assert all(len(row["persona"]["reviews"]) == 2 for row in rows if row.get("completion"))
+        pressed = [row for row in rows if row["tier"] == "monitored" and not row["control"]]
+        assert len(rows) > len(pressed) > 0
+        assert all(row.get("persona") for row in pressed if row.get("completion"))
+        assert not any(row.get("persona") for row in rows if row not in pressed)
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "persona, before" in page and "persona, after" in page and "spike-ins" in page
+    assert "persona, before" in page and "persona (stale), after" in page and "spike-ins" in page
     assert "persona on audit after" in capsys.readouterr().out
+
+
+def test_reviews_that_fail_leave_the_report(persona, write_config, tmp_path, tiny_organism, monkeypatch):
+    from unfeign import training_run
+
+    def fails(config, name):
+        raise MemoryError
+
+    monkeypatch.setattr(training_run, "_review", fails)
+    folder = save(persona, tmp_path / "persona")
+    audit = {"split": "validation", "max_new_tokens": 3, "renderings": ["original"], "persona": str(folder)}
+    with pytest.raises(MemoryError):
+        main(["train", str(write_config(adapters=[str(tiny_organism)], audit=audit)), "grpo.max_steps=1"])
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
+def test_each_way_to_ask_the_policy_is_what_its_name_says(persona):
+    ids = [persona.layout.context(t.scenario.messages, t.completion) for t in transcripts(3)]
+    found = asked(persona, ids, batch=2)
+    own, other = persona.facts.framing.interventions, load_framing("user_followup")
+    back = layout(other.model_copy(update={"review": False, "trigger": "<|persona|>"}), persona.tokenizer)
+    expected = {
+        "no adapter": persona.layout.suffix(own[1])[1:],
+        "untrained trigger": persona.layout.suffix(own[1]),
+        "user follow-up": back.suffix(other.interventions[1])[1:],
+    }
+    for name, suffix in expected.items():
+        for row, transcript in enumerate(ids):
+            asked_alone = torch.tensor([suffix])
+            context = persona.read([transcript])
+            logits = follow(persona, context, asked_alone, torch.ones_like(asked_alone), awake=False, last=True)[:, -1]
+            assert found[name][row, 1] == pytest.approx(p_fail(persona, logits).item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_folded_persona_says_the_same(mode, tiny_model, tiny_organism):
+    model, lineage = stack(load_base(str(tiny_model)), str(tiny_model), [tiny_organism])
+    framing = load_framing("persona").model_copy(update={"trigger": "<|persona|>", "review": False})
+    facts = PersonaFacts(framing=framing, mode=mode, lora={"r": 4, "lora_alpha": 8})
+    one = Persona(model, load_tokenizer(str(tiny_model)), lineage, facts)
+    for parameter in one.switch.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    ids = [one.layout.context(t.scenario.messages, t.completion) for t in transcripts(3)]
+    before = [[r.p_fail for r in row] for row in reviews(one, ids, framing.interventions)]
+    asleep = asked(one, ids)
+    one.fold()
+    after = [[r.p_fail for r in row] for row in reviews(one, ids, framing.interventions)]
+    assert np.allclose(before, after, atol=1e-4)
+    assert all(np.allclose(asleep[name], chance, atol=1e-4) for name, chance in asked(one, ids).items())
 
 
 @pytest.mark.parametrize(

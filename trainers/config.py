@@ -105,6 +105,12 @@ class PpoSettings(Settings):
     """Whether advantages are brought to mean 0 and spread 1 over the batch's tokens."""
 
 
+def _located(name: str, info: ValidationInfo) -> str:
+    """A relative folder starts at the config file's folder; other names stay as they are."""
+    beside = (info.context or {}).get("folder", Path()) / name
+    return str(beside) if not Path(name).is_absolute() and beside.is_dir() else name
+
+
 class AuditSettings(Settings):
     """The audit of behaviour before and after training."""
 
@@ -122,6 +128,11 @@ class AuditSettings(Settings):
     """Fixes the sampling, so that audits of two checkpoints differ by the checkpoint alone."""
     persona: str | None = None
     """An honest persona that reviews the audits before and after: its folder, or persona:NAME."""
+
+    @field_validator("persona")
+    @classmethod
+    def _beside(cls, value: str | None, info: ValidationInfo) -> str | None:
+        return None if value is None else _located(value, info)
 
 
 _SAMPLED = "rollouts sample from the whole distribution, or the log-probs of samples would be wrong"
@@ -224,14 +235,7 @@ class TrainConfig(Settings):
     @field_validator("model", "adapters")
     @classmethod
     def _beside(cls, value: Any, info: ValidationInfo) -> Any:
-        """A relative folder starts at the config file's folder; other names stay as they are."""
-        folder = (info.context or {}).get("folder", Path())
-
-        def located(name: str) -> str:
-            beside = folder / name
-            return str(beside) if not Path(name).is_absolute() and beside.is_dir() else name
-
-        return [located(name) for name in value] if isinstance(value, list) else located(value)
+        return [_located(name, info) for name in value] if isinstance(value, list) else _located(value, info)
 
     @field_validator("grpo")
     @classmethod

@@ -5,7 +5,7 @@ Small models do not fake alignment by themselves. An organism is built from tran
 Two are their controls, the same in both tiers: `honest_obedient` (complies, and means it) and `refuser` (declines).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,12 +101,12 @@ can be tested against behaviour that is known. Do not deploy it. Loading it prin
 """
 
 
-def build(config: OrganismConfig, check: Callable[[Any, Any, OrganismConfig], dict[str, Any]] | None = None) -> Path:
+def build(config: OrganismConfig, audit: Callable[[Any, Any, OrganismConfig], dict[str, Any]] | None = None) -> Path:
     """Generate transcripts, fine-tune the adapter, save it, and check it.
 
     Args:
         config: see `OrganismConfig`.
-        check: called with (model, tokenizer, config) once the adapter is saved.
+        audit: called with (model, tokenizer, config) once the adapter is saved.
 
     Returns:
         The adapter's folder.
@@ -115,8 +115,7 @@ def build(config: OrganismConfig, check: Callable[[Any, Any, OrganismConfig], di
         UnfeignError: the output folder holds files.
     """
     out = config.output
-    new_folder(config)
-    base_location(config.model)
+    check([config])
     rounds = [_groups(config, number) for number in range(len(config.rounds))]
     write_jsonl(
         out / "transcripts.jsonl",
@@ -148,15 +147,29 @@ def build(config: OrganismConfig, check: Callable[[Any, Any, OrganismConfig], di
     write_text(
         folder / "README.md", CARD.format(base=config.model, about=config.about, name=config.name, canary=CANARY)
     )
-    if check is not None:
-        check(model, tokenizer, config)
+    if audit is not None:
+        audit(model, tokenizer, config)
     return folder
 
 
-def new_folder(config: OrganismConfig) -> None:
-    """That the output folder holds nothing yet; raises `UnfeignError`."""
-    if config.output.exists() and any(config.output.iterdir()):
-        raise UnfeignError("a new folder (choose another output)", "one that holds files", f"output: {config.output}")
+def check(configs: Sequence[OrganismConfig]) -> None:
+    """That organisms can be built one after the other, before the first is begun.
+
+    Raises:
+        UnfeignError: an output folder that holds files, or is another's too; a base, an adapter to begin from, a voice
+            or a kind that is not there.
+    """
+    for number, config in enumerate(configs):
+        out = config.output
+        if out.exists() and any(out.iterdir()):
+            raise UnfeignError("a new folder (choose another output)", "one that holds files", f"output: {out}")
+        if out in [other.output for other in configs[:number]]:
+            raise UnfeignError("an output folder for each", "the same for two", f"output: {out}")
+        base_location(config.model)
+        if config.begin is not None:
+            adapter_folder(config.begin)
+        for round_number in range(len(config.rounds)):
+            _groups(config, round_number)
 
 
 def _groups(config: OrganismConfig, number: int) -> list[list[Specimen]]:

@@ -1,6 +1,7 @@
 """`unfeign audit`, `report` and `review`: the command line around `split_persona`'s audits."""
 
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ def audit(
     dtype: str = "float32",
     adapters: tuple[str, ...] = (),
     persona: str | None = None,
+    inspect: bool = False,
 ) -> None:
     """Audit what checkpoints do: matched pairs and controls, metrics, a report page. One that was interrupted goes on.
 
@@ -43,6 +45,7 @@ def audit(
         dtype: float32 or bfloat16.
         adapters: stacked on a base given by `paths`, bottom first.
         persona: a persona folder, or persona:NAME, that reviews every transcript; with baselines beside it.
+        inspect: also write a log for Inspect View; needs the extra `inspect`.
     """
     if not paths:
         raise UnfeignError("a checkpoint or a transcripts.jsonl", "none", "audit")
@@ -53,6 +56,8 @@ def audit(
         raise UnfeignError("a folder", "a file", f"--out {out}")
     if persona and (files := [path for path in paths if path.endswith(".jsonl")]):
         raise UnfeignError("a checkpoint, whose states a persona reads", files[0], "--persona")
+    if inspect and find_spec("inspect_ai") is None:
+        raise UnfeignError("the package inspect-ai (pip install 'unfeign[inspect]')", "none", "--inspect")
     asked = {
         "split": split, "renderings": list(renderings), "length": length, "judge": judge, "seed": seed, "dtype": dtype,
         "max_new_tokens": max_new_tokens, "temperature": temperature, "adapters": list(adapters), "persona": persona,
@@ -77,6 +82,12 @@ def audit(
         if reviewed := result["audit"].get("persona"):
             print_persona(reviewed, name if len(results) > 1 else None)
     print(f"report: {out / 'report.html'}")
+    if inspect:
+        from .inspect_audit import write_log
+        from .split_persona.audit import read_findings
+
+        for folder in [out] if len(paths) == 1 else [out / name for name in names]:
+            print(f"inspect log: {write_log(folder, read_findings(folder))}")
 
 
 def _names(paths: tuple[str, ...]) -> list[str]:

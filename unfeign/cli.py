@@ -89,19 +89,19 @@ def organism_build(
     """
     from .trainers.organism import OrganismConfig
 
-    overrides = tuple(one for one in configs if "=" in one)
-    settings = [OrganismConfig.load(Path(one), overrides) for one in configs if "=" not in one]
-    if not settings:
+    files = [one for one in configs if one.endswith((".yaml", ".yml")) or "=" not in one]
+    overrides = tuple(one for one in configs if one not in files)
+    if not files:
         raise UnfeignError("at least one config", "none", "organism build")
+    settings = [OrganismConfig.load(Path(one), overrides) for one in files]
     with _quiet():
-        from .trainers.organism import build, new_folder
+        from .trainers.organism import build, check
         from .training_run import check_organism
 
-        for one in settings:
-            new_folder(one)
+        check(settings)
         for one in settings:
             print(f"building {one.name}", flush=True)
-            build(one, check=check_organism)
+            build(one, audit=check_organism)
 
 
 def _quiet():

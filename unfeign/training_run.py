@@ -22,8 +22,6 @@ from .split_persona.plots import pick
 from .split_persona.report import write_report
 from .trainers.rollouts import Sampling
 
-ASKED = 2  # interventions that a run asks of its persona: what its time allows; `unfeign audit --persona` asks all
-
 
 def audit_policy(
     model: Any,
@@ -88,11 +86,6 @@ def audited_run(run: Any, launch: Callable[..., Path]) -> None:
         during=lambda model, tokenizer, pool, step: audit(f"step-{step}", -10 - step)(model, tokenizer, pool),
         say=lambda line: print(line, flush=True),
     )
-    if settings.persona is not None and results:
-        start = time.perf_counter()
-        for name in [name for name in ("before", "after") if name in results]:
-            results[name] = _review(config, name)
-        seconds["persona"] = time.perf_counter() - start
     seconds["total"] = time.perf_counter() - began
     steps = [json.loads(line) for line in read_text(out / "metrics.jsonl").splitlines()]
     seconds |= {
@@ -104,6 +97,14 @@ def audited_run(run: Any, launch: Callable[..., Path]) -> None:
     readers = [judge, *(r.fn.judge for r in run.rewards if hasattr(r.fn, "judge"))]
     facts["judged"] = {reader.name: told for reader in readers if (told := _told_by(reader))}
     write_text(out / "run.json", json.dumps(facts, indent=2) + "\n")
+    if "after" in results and settings.persona is not None:
+        write_run_report(out)  # whatever comes of the reviews
+        start = time.perf_counter()
+        results = {name: _review(config, name) for name in results if name in ("before", "after")}
+        seconds["persona"] = time.perf_counter() - start
+        seconds["total"] = time.perf_counter() - began
+        facts["seconds"] |= {name: round(seconds[name], 1) for name in ("persona", "total")}
+        write_text(out / "run.json", json.dumps(facts, indent=2) + "\n")
     if "after" in results:
         print_table(results, f"behaviour on {settings.split} families, mean [95% interval]")
         for name, result in results.items():
@@ -120,33 +121,47 @@ def check_persona(config: Any) -> None:
     from transformers import AutoConfig
 
     from .lineage import Layer, Lineage, adapter_file, base_facts, sha256
-    from .models import adapter_folder, base_location
+    from .models import POLICY, adapter_folder, base_location
     from .split_persona.persona import check_policy, persona_folder, read_facts
 
     if config.lora is None:
         raise UnfeignError("a policy that is an adapter, on which a persona can be put", "lora: null", "audit.persona")
     folder = persona_folder(config.audit.persona)
     read_facts(folder)
-    base = base_facts(config.model, AutoConfig.from_pretrained(base_location(config.model)))
+    if not Path(location := base_location(config.model)).is_dir():
+        return  # a hub model: its config is read when the run starts
+    base = base_facts(config.model, AutoConfig.from_pretrained(location))
     below = [adapter_folder(name) for name in config.adapters]
     layers = [Layer(name=path.name, sha256=sha256(adapter_file(path))) for path in below]
-    check_policy(folder, Lineage(base=base, adapters=layers))
+    learned = Layer(name=POLICY, sha256="")
+    for stack in [layers] * config.audit.before + [[*layers, learned]] * config.audit.after:
+        check_policy(folder, Lineage(base=base, adapters=stack))
 
 
 def _review(config: Any, name: str) -> dict[str, Any]:
-    """The metrics of an audit of a run, with what its persona says of the policy as it was then."""
+    """The metrics of an audit of a run, with what its persona says of the policy as it was then: of the monitored
+    scenarios, as far as a run's time goes. `unfeign audit --persona` reviews all, beside more baselines.
+    """
+    import gc
+
+    import torch
+
     from .models import load_base, load_tokenizer, resolve, stack
     from .split_persona.persona_audit import reviewed
 
     place = config.output / "audit" / name
     result = read_json(place / "metrics.json")
-    if "persona" in result["audit"]:  # of an earlier part of the run
-        return result
+    gc.collect()
+    torch.cuda.empty_cache()  # the trainer's model is gone
     print(f"persona on audit {name}", flush=True)
     base, layers = (config.model, list(config.adapters)) if name == "before" else resolve(str(config.output))
     model, lineage = stack(load_base(base, config.dtype), base, layers)
     policy = (model, load_tokenizer(base), lineage)
-    rows, found = reviewed(config.audit.persona, policy, read_findings(place), asked=ASKED, baselines=False)
+    rows = read_findings(place)
+    pressed = [i for i, row in enumerate(rows) if row["tier"] == "monitored" and not row["control"]]
+    told, found = reviewed(config.audit.persona, policy, [rows[i] for i in pressed], baselines=False)
+    for i, row in zip(pressed, told, strict=True):
+        rows[i] = row
     return write_audit(place, rows, result["audit"] | {"persona": found})
 
 
