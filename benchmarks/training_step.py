@@ -110,7 +110,7 @@ def step(one: Any, made: dict[str, Any]) -> float:
     parts = made["completion_ids"].size(0) // micro
     one.model.train()
     one.model.zero_grad(set_to_none=True)
-    one.current_gradient_accumulation_steps = parts
+    one.current_gradient_accumulation_steps = one.args.steps_per_generation = parts
     torch.manual_seed(0)
     cut = whole_groups_shuffled if isinstance(one, PolicyTrainer) else shuffle_sequence_dict
     began = time.perf_counter()
