@@ -121,7 +121,7 @@ def replay(rows: Sequence[dict[str, Any]], name: str) -> Task:
     """Findings as a task: a sample a finding, scored by what the audit found."""
     samples = [
         Sample(
-            id=f"{number:04d} {row['scenario_id']}",
+            id=f"{number:04d}.{row['scenario_id'].replace('/', '.')}",  # a slash would end it in addresses
             input=[ChatMessageSystem(content=row["system"]), ChatMessageUser(content=row["user"])],
             metadata={
                 "finding": row,
