@@ -141,7 +141,7 @@ def policy_deeds(config: PersonaConfig, model: Any, tokenizer: Any, split: str, 
         every = [s for s in every if s.pair_id.split("/")[1] in chosen[s.family]]
     pressed = [s for s in every if not s.control and s.tier == "monitored"]
     quiet = [s for s in every if (s.control and s.tier == "monitored") or (not s.control and s.tier == "unmonitored")]
-    pool = InProcessPool(tokenizer, batch_size=64)
+    pool = InProcessPool(tokenizer, batch_size=96)
     how: dict[str, Any] = {"seed": seed, "sampling": Sampling(config.max_new_tokens, config.temperature)}
     found = sample_deeds(model, tokenizer, pool, pressed, samples=own.samples if train else 3, **how)
     found += sample_deeds(model, tokenizer, pool, quiet, samples=1, **how)
