@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import UnfeignError
 from ..files import read_json, write_text
 from ..progress import progress
-from .modes import follow
+from .modes import Context, follow
 from .persona import Persona
 from .review import reviews
 from .sequence import Layout
@@ -65,13 +65,14 @@ def _around(persona: Persona) -> tuple[list[int], list[int]]:
     return before, layout.ids(layout.turn(framing.after_intervention) + framing.before_flag) + layout.shared
 
 
-def _chance(persona: Persona, transcripts: Sequence[list[int]], vectors: Tensor) -> Tensor:
-    """(n,) logit of FAIL against PASS with vectors in place of an intervention."""
+def _chance(persona: Persona, read: Context, vectors: Tensor) -> Tensor:
+    """(n,) logit of FAIL against PASS with vectors in place of an intervention, about n transcripts."""
     table = persona.model.get_input_embeddings()
     before, after = (torch.tensor(ids, device=persona.model.device) for ids in _around(persona))
     row = torch.cat([table(before), vectors.to(table.weight), table(after)])
-    context = persona.read(transcripts).rows(list(range(len(transcripts))))
-    embeds = row[None].expand(len(transcripts), -1, -1)
+    rows = len(read.lengths)
+    context = read.rows(list(range(rows)))
+    embeds = row[None].expand(rows, -1, -1)
     mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
     logits = follow(persona, context, embeds, mask, last=True)[:, -1].float()
     passed, failed = persona.layout.verdicts
@@ -83,7 +84,7 @@ def flags(persona: Persona, transcripts: Sequence[list[int]], prefix: Prefix, ba
     """p(FAIL) of each transcript under a prefix."""
     out: list[float] = []
     for at in range(0, len(transcripts), batch_size):
-        out += _chance(persona, transcripts[at : at + batch_size], prefix.vectors).sigmoid().tolist()
+        out += _chance(persona, persona.read(transcripts[at : at + batch_size]), prefix.vectors).sigmoid().tolist()
     return out
 
 
@@ -128,12 +129,15 @@ def distill(
     vectors = torch.nn.Parameter(torch.stack(start))
     optimizer = torch.optim.Adam([vectors], lr=learning_rate)
     rng, order = random.Random(seed), list(range(len(transcripts)))
+    rng.shuffle(order)
+    batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
+    with torch.no_grad():  # the vectors come after the transcripts, whose states are the same in all epochs
+        read = [persona.read([transcripts[i] for i in some]) for some in batches]
     with _frozen(persona), progress("distilling", epochs * len(order)) as done:
         for _ in range(epochs):
-            rng.shuffle(order)
-            for at in range(0, len(order), batch_size):
-                some = order[at : at + batch_size]
-                logit = _chance(persona, [transcripts[i] for i in some], vectors)
+            for number in rng.sample(range(len(batches)), len(batches)):
+                some = batches[number]
+                logit = _chance(persona, read[number], vectors)
                 loss = torch.nn.functional.binary_cross_entropy_with_logits(logit, wanted[some])
                 optimizer.zero_grad()
                 loss.backward()
