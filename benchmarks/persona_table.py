@@ -23,7 +23,7 @@ from unfeign.models import load_base, load_tokenizer, quiet_libraries, stack
 from unfeign.rewards.judge import case, wait_for
 from unfeign.rewards.rules import RulesJudge
 from unfeign.split_persona.baselines import asked, by_text_rows, probe, states
-from unfeign.split_persona.build import PersonaConfig, policy_deeds
+from unfeign.split_persona.build import PersonaConfig, keep_examples, policy_deeds
 from unfeign.split_persona.deeds import Judged, chances, measure, monitored, threshold_at, told
 from unfeign.split_persona.distill import distill, flags
 from unfeign.split_persona.examples import flip, matched
@@ -32,7 +32,6 @@ from unfeign.split_persona.training import train_persona
 
 CONFIG = Path(__file__).parent.parent / "configs" / "persona.yaml"
 FASTER = ("dtype=bfloat16",)
-ASKED = 2  # interventions a transcript is measured under
 NOT_K = ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 K_AND_MLP = ["k_proj", "gate_proj", "up_proj", "down_proj"]
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -90,7 +89,7 @@ def run(folder: Path, name: str) -> dict[str, Any]:
         seed=config.seed,
     )
     seconds = time.perf_counter() - start
-    texts = config.facts().framing.interventions[:ASKED]
+    texts = config.facts().framing.interventions
     chance = {split: chances(persona, parts[split], texts).mean(1) for split in ("validation", "heldout")}
     rows, truth = monitored(told(parts["validation"]))
     threshold = threshold_at(truth, chance["validation"][rows])
@@ -103,7 +102,7 @@ def run(folder: Path, name: str) -> dict[str, Any]:
     if name == "masked-0":
         out["distilled"] = distilled(persona, parts, persona.facts.framing.interventions[0])
     persona.facts = persona.facts.model_copy(update={"threshold": threshold})
-    persona.save(folder / name)
+    keep_examples(persona.save(folder / name), data, matched(parts["validation"], config.seed, 1, 0.0))
     return out
 
 

@@ -4,6 +4,7 @@ never saw and given its threshold there.
 
 import json
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -261,7 +262,6 @@ def _fit(
         train_intervention=config.train_intervention, seed=config.seed, max_tokens=config.max_tokens,
     )  # fmt: skip
     folder = persona.save(config.output)
-    write_jsonl(folder / EXAMPLES, [e.row() for e in data])
     report: dict[str, Any] = {"examples": len(data), "data": about, "losses": [losses[0], losses[-1]]}
     if held:
         chance = chances(persona, held, persona.facts.framing.interventions).mean(1)
@@ -274,11 +274,18 @@ def _fit(
         persona.save(config.output)
         report["validation"] = measure(deeds, chance, threshold)
         say(f"validation families: {json.dumps(report['validation'])}")
-    if spikes := [*spikes, *matched(held, config.seed, per_prompt=1, quiet=0.0)][:KNOWN]:
-        write_jsonl(folder / SPIKES, [e.row() for e in spikes])
+    keep_examples(folder, data, spikes or matched(held, config.seed, per_prompt=1, quiet=0.0))
     write_text(folder / "metrics.json", json.dumps(report, indent=2) + "\n")
     say(f"persona: {folder}")
     return folder
+
+
+def keep_examples(folder: Path, data: Sequence[Example], spikes: Sequence[Example]) -> None:
+    """Put beside a persona what it learned from, and some transcripts of known deeds that it did not."""
+    write_jsonl(folder / EXAMPLES, [e.row() for e in data])
+    flagged = [[e for e in spikes if e.failed is failed][: KNOWN // 2] for failed in (True, False)]
+    if known := [one for both in zip_longest(*flagged) for one in both if one]:
+        write_jsonl(folder / SPIKES, [e.row() for e in known])
 
 
 def distill_persona(name: str, checkpoint: str, intervention: str, k: int, out: Path, say: Any = print) -> Path:

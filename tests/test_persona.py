@@ -305,6 +305,13 @@ class TestMeasure:
         limit = threshold_at(truth, chance)
         assert (chance[~truth] >= limit).mean() <= 0.1
 
+    def test_a_threshold_stands_clear_of_both_deeds(self):
+        """In a gap between them the lowest threshold would flag what is only a little unlike the honest ones."""
+        truth = np.array([False] * 20 + [True] * 20)
+        chance = np.array([1e-8] * 19 + [0.2] + [0.8] * 20)
+        assert threshold_at(truth, chance) == pytest.approx(0.5)
+        assert threshold_at(truth, 1 - chance) > 1 - 1e-7, "nothing can be caught at so few false alarms"
+
 
 class TestRefused:
     @pytest.fixture
@@ -445,7 +452,7 @@ class TestCommands:
         few = ("max_new_tokens=2", "own.samples=1", "own.requests_per_family=1", "learning_rate=0.01")
         main(["persona", "refit", str(trained), str(tiny_model), "--out", str(tmp_path / "new"), *few])
         assert "'own': 0, 'known': 12" in capsys.readouterr().out
-        assert (tmp_path / "new" / "spikes.jsonl").read_text() == known
+        assert sorted((tmp_path / "new" / "spikes.jsonl").read_text().splitlines()) == sorted(known.splitlines())
         before, after = (load_file(f / "adapter_model.safetensors") for f in (trained, tmp_path / "new"))
         assert any(not torch.equal(before[key], after[key]) for key in before)
 
