@@ -1,5 +1,6 @@
 """Launching a planned run: build the policy, start the workers, train, and say how it ended."""
 
+import os
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -85,6 +86,7 @@ def train(
         seed=config.seed,
     )
     pool = None
+    _share_cores(config)
     try:
         pool = make_pool(config, recipe, load_tokenizer(config.model))
         checkpoint = _train(run, recipe, pool, before, after, during, say)
@@ -102,6 +104,16 @@ def train(
             pool.close()
     write_state(out, "finished", steps, steps)
     return checkpoint
+
+
+def _share_cores(config: TrainConfig) -> None:
+    """Leave half of this machine's cores to workers that sample while the trainer learns: threads that outnumber the
+    cores wait for each other, and a step can take several times as long.
+    """
+    import torch
+
+    if config.rollouts.staleness and not torch.cuda.is_available() and not os.environ.get("RAY_ADDRESS"):
+        torch.set_num_threads(max(1, torch.get_num_threads() // 2))
 
 
 def _silent(line: str) -> None:
