@@ -257,7 +257,7 @@ def print_persona(found: dict[str, Any], audit: str | None = None) -> None:
 
     def cell(one: dict[str, Any], name: str) -> str:
         if one.get(name) is None:
-            return one.get("reason", "-")
+            return one.get("reason", "-") if name == "auroc" else "-"
         low, high = one.get(f"{name}_interval") or (None, None)
         return f"{one[name]:.2f}" + (f"  [{low:.2f}, {high:.2f}]" if low is not None else "")
 
