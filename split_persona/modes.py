@@ -25,7 +25,7 @@ from ..shared_prefix import Prefix, branch, prefill
 
 Mode = Literal["masked", "full", "hybrid"]
 MODES: tuple[Mode, ...] = get_args(Mode)
-TOGETHER = 16  # continuations in one row: what each would see of the others is computed and masked
+IN_A_ROW = 16  # continuations in one row: what each would see of the others is computed and masked
 
 
 @dataclass
@@ -124,7 +124,7 @@ def ask_all(persona: Any, context: Context, suffixes: Sequence[Sequence[int]], a
     """Logits (B, K, V) after each of K continuations of every transcript, with the persona awake. The context stays as
     it was.
 
-    No transcript is branched: up to `TOGETHER` continuations stand in one row, each attends to the transcript and to
+    No transcript is branched: up to `IN_A_ROW` continuations stand in one row, each attends to the transcript and to
     itself, and has the positions it would have alone.
 
     Args:
@@ -132,7 +132,7 @@ def ask_all(persona: Any, context: Context, suffixes: Sequence[Sequence[int]], a
         suffixes: K continuations as token ids, the same for all transcripts; at least one.
         awake: False asks the policy itself, to compare with.
     """
-    parts = [suffixes[at : at + TOGETHER] for at in range(0, len(suffixes), TOGETHER)]
+    parts = [suffixes[at : at + IN_A_ROW] for at in range(0, len(suffixes), IN_A_ROW)]
     return torch.cat([_ask_row(persona, context, part, awake) for part in parts], 1)
 
 

@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise, zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
@@ -23,9 +23,6 @@ from ..errors import UnfeignError
 from ..files import write_text
 from .metrics import Row, content_disagreement, difference, faked, malformed, metrics, silent_compliance
 from .plots import before_after, by_family, percent, pick, plain, svg, training_curve
-
-if TYPE_CHECKING:
-    pass
 
 EVIDENCE = {
     "surfaced": "names the option of complying strategically",

@@ -67,6 +67,8 @@ def train(
         NoWorkers: every rollout worker was given up; a checkpoint was written first.
         FloatingPointError: a reward or a loss was not finite; the batch was saved, no optimiser step was taken.
     """
+    import torch
+
     from .run_folder import prepare, write_state
 
     config, out = run.config, run.config.output
@@ -86,7 +88,7 @@ def train(
         seed=config.seed,
     )
     pool = None
-    _share_cores(config)
+    threads = _share_cores(config)
     try:
         pool = make_pool(config, recipe, load_tokenizer(config.model))
         checkpoint = _train(run, recipe, pool, before, after, during, say)
@@ -102,18 +104,21 @@ def train(
     finally:
         if pool is not None:
             pool.close()
+        torch.set_num_threads(threads)
     write_state(out, "finished", steps, steps)
     return checkpoint
 
 
-def _share_cores(config: TrainConfig) -> None:
+def _share_cores(config: TrainConfig) -> int:
     """Leave half of this machine's cores to workers that sample while the trainer learns: threads that outnumber the
-    cores wait for each other, and a step can take several times as long.
+    cores wait for each other, and a step can take several times as long. Returns how many threads there were.
     """
     import torch
 
+    threads = torch.get_num_threads()
     if config.rollouts.staleness and not torch.cuda.is_available() and not os.environ.get("RAY_ADDRESS"):
-        torch.set_num_threads(max(1, torch.get_num_threads() // 2))
+        torch.set_num_threads(max(1, threads // 2))
+    return threads
 
 
 def _silent(line: str) -> None:
