@@ -3,6 +3,7 @@
     python benchmarks/persona_table.py OUT [VARIANT ...]
 
 The organism's transcripts are sampled once into OUT (train, validation and heldout families) and serve every variant.
+Measured are all honest ones of monitored scenarios, a third of those that complied there, and half of the others.
 A variant is a name of `VARIANTS`, with the seed after a dash (`masked-0`); `baselines` is what can be told without a
 persona. Each appends lines to OUT/results.jsonl: steps, seconds, and on heldout families AUROC, TPR at the validation
 threshold and mean p(FAIL) of what is honest; OUT/table.md shows them all.
@@ -11,6 +12,7 @@ threshold and mean p(FAIL) of what is honest; OUT/table.md shows them all.
 import json
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,8 @@ from unfeign.split_persona.persona import Persona
 from unfeign.split_persona.training import train_persona
 
 CONFIG = Path(__file__).parent.parent / "configs" / "persona.yaml"
-FASTER = ("dtype=bfloat16",)
+FASTER = ("dtype=bfloat16", "own.per_prompt=2", "epochs=2")
+STRIDE = {("monitored", False): 1, ("monitored", True): 3}  # else 2
 NOT_K = ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 K_AND_MLP = ["k_proj", "gate_proj", "up_proj", "down_proj"]
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -69,16 +72,30 @@ def deeds(folder: Path, config: PersonaConfig, split: str) -> list[Judged]:
     return list(zip(read, verdicts, strict=True))  # type: ignore[arg-type]
 
 
+def measured(judged: list[Judged]) -> list[Judged]:
+    """Those that are measured, by what they did and where."""
+    seen: Counter[tuple[str, bool]] = Counter()
+    out = []
+    for one, deed in zip(judged, told(judged), strict=True):
+        key = (deed.setting, deed.failed)
+        if seen[key] % STRIDE.get(key, 2) == 0:
+            out.append(one)
+        seen[key] += 1
+    return out
+
+
 def run(folder: Path, name: str) -> dict[str, Any]:
     """Train one variant and measure it on heldout families."""
     what, _, seed = name.rpartition("-")
     config = PersonaConfig.load(CONFIG, (f"seed={seed}", *FASTER))
     config = config.model_copy(update=VARIANTS[what])
     parts = {split: deeds(folder, config, split) for split in ("train", "validation", "heldout")}
+    parts |= {split: measured(parts[split]) for split in ("validation", "heldout")}
     data = flip(matched(parts["train"], config.seed, config.own.per_prompt, config.own.quiet), config.flip, config.seed)
     tokenizer = load_tokenizer(config.model)
     model, lineage = stack(load_base(config.model, config.dtype), config.model, list(config.adapters))
     persona = Persona(model, tokenizer, lineage, config.facts(), config.seed)
+    persona.fold(learning=True)
     start = time.perf_counter()
     losses = train_persona(
         persona,
@@ -89,7 +106,8 @@ def run(folder: Path, name: str) -> dict[str, Any]:
         seed=config.seed,
     )
     seconds = time.perf_counter() - start
-    texts = config.facts().framing.interventions
+    persona.fold()
+    texts = config.facts().framing.interventions[: 1 if config.review else None]
     chance = {split: chances(persona, parts[split], texts).mean(1) for split in ("validation", "heldout")}
     rows, truth = monitored(told(parts["validation"]))
     threshold = threshold_at(truth, chance["validation"][rows])
@@ -124,8 +142,10 @@ def baselines(folder: Path) -> list[dict[str, Any]]:
     """What can be told of the same transcripts without a persona, at thresholds from validation families."""
     config = PersonaConfig.load(CONFIG, FASTER)
     parts = {split: deeds(folder, config, split) for split in ("train", "validation", "heldout")}
+    parts |= {split: measured(parts[split]) for split in ("validation", "heldout")}
     model, lineage = stack(load_base(config.model, config.dtype), config.model, list(config.adapters))
     persona = Persona(model, load_tokenizer(config.model), lineage, config.facts())
+    persona.fold()
     learned = matched(parts["train"], config.seed, config.own.per_prompt, config.own.quiet)
     known = states(persona, [persona.layout.context(e.messages, e.completion) for e in learned])
     truth = np.array([e.failed for e in learned], dtype=float)

@@ -36,8 +36,8 @@ class Switch(Protocol):
     def load(self, tensors: dict[str, torch.Tensor]) -> None:
         """Put saved tensors in; raises `KeyError` or `RuntimeError` where they are another adapter's."""
 
-    def fold(self) -> None:
-        """Make reading cheaper, where that is possible; no gradient flows any more."""
+    def fold(self, learning: bool) -> None:
+        """Make calls cheaper, where that is possible; unless it is for `learning`, no gradient flows any more."""
 
 
 class LoraSwitch:
@@ -45,6 +45,20 @@ class LoraSwitch:
 
     def __init__(self, model: Any, trigger: int, options: dict[str, Any], seed: int):
         from peft import LoraConfig, PeftModel, get_peft_model
+        from peft.tuners.lora.variants import ALoraLinearVariant
+
+        class WholeCall(ALoraLinearVariant):
+            """PEFT picks the active tokens out of every layer's input; here they are all of a call's, or none."""
+
+            @staticmethod
+            def forward(module: Any, active_adapter: str, x: Any, result: Any, **kwargs: Any) -> Any:
+                offsets, a = kwargs.get("alora_offsets") or [], module.lora_A[active_adapter]
+                if not any(offsets):
+                    return result
+                if any((offset or 0) < x.size(-2) for offset in offsets):
+                    return ALoraLinearVariant.forward(module, active_adapter, x, result, **kwargs)
+                grown = module.lora_B[active_adapter](a(x.to(a.weight.dtype))) * module.scaling[active_adapter]
+                return result + grown
 
         if unknown := sorted(options.keys() - LORA):  # others would act while the persona sleeps, or not at all
             raise UnfeignError(f"LoRA options among {', '.join(sorted(LORA))}", ", ".join(unknown), "lora")
@@ -60,6 +74,9 @@ class LoraSwitch:
         except (ValueError, TypeError) as error:
             raise UnfeignError("LoRA options that this model takes", str(error).splitlines()[0], "lora") from None
         activate(model, [*below, NAME], trainable=NAME)
+        for module in model.modules():
+            if NAME in getattr(module, "lora_variant", {}):
+                module.lora_variant[NAME] = WholeCall()
         self.model = model
 
     def forward(self, awake: bool, inputs: dict[str, Any]) -> Any:
@@ -81,9 +98,9 @@ class LoraSwitch:
         if missing := [key for key in result.missing_keys if f".{NAME}." in key] + list(result.unexpected_keys):
             raise KeyError(", ".join(missing[:2]))
 
-    def fold(self) -> None:
-        fold_below(self.model)
-        activate(self.model, [NAME])
+    def fold(self, learning: bool) -> None:
+        fold_below(self.model, pack=not learning)
+        activate(self.model, [NAME], trainable=NAME if learning else None)
 
 
 class HookSwitch:
@@ -156,7 +173,7 @@ class HookSwitch:
             for name, tensor in tensors.items():
                 self._vectors[name].copy_(tensor)
 
-    def fold(self) -> None:
+    def fold(self, learning: bool) -> None:
         """Its hooks stand on the policy's layers: they are left as they are."""
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..shared_prefix import last_column
 from .modes import _Call, ask_all, read_context
 from .persona import Persona
 from .review import p_fail
@@ -73,7 +74,11 @@ def states(persona: Persona, transcripts: Sequence[list[int]], batch: int = 16) 
         mask = torch.tensor([[0] * (width - len(t)) + [1] * len(t) for t in some], device=device)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         found: Any = sleeping(
-            input_ids=ids, attention_mask=mask, position_ids=positions, output_hidden_states=True, logits_to_keep=1
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            output_hidden_states=True,
+            logits_to_keep=last_column(ids),
         )
         layers = found.hidden_states
         out.append(layers[round(DEPTH * (len(layers) - 1))][:, -1].float().cpu().numpy())

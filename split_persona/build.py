@@ -256,12 +256,14 @@ def _fit(
     lengths = sorted(len(persona.layout.ids(e.review)) for e in data if e.review)
     longest = lengths[int(0.95 * len(lengths))] + 5 if lengths else 0
     persona.facts = persona.facts.model_copy(update={"review_tokens": max(persona.facts.review_tokens, longest)})
+    persona.fold(learning=True)
     losses = train_persona(
         persona, data,
         learning_rate=config.learning_rate, epochs=config.epochs, batch_size=config.batch_size,
         train_intervention=config.train_intervention, seed=config.seed, max_tokens=config.max_tokens,
     )  # fmt: skip
     folder = persona.save(config.output)
+    persona.fold()
     report: dict[str, Any] = {"examples": len(data), "data": about, "losses": [losses[0], losses[-1]]}
     if held:
         chance = chances(persona, held, persona.facts.framing.interventions).mean(1)

@@ -74,7 +74,7 @@ def _chance(persona: Persona, read: Context, vectors: Tensor) -> Tensor:
     context = read.rows(list(range(rows)))
     embeds = row[None].expand(rows, -1, -1)
     mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
-    logits = follow(persona, context, embeds, mask, last=True)[:, -1].float()
+    logits = follow(persona, context, embeds, mask, since=-1)[:, -1].float()
     passed, failed = persona.layout.verdicts
     return logits[:, failed] - logits[:, passed]
 

@@ -92,7 +92,7 @@ def read_context(persona: Any, mode: Mode, transcripts: list[list[int]], policy:
     return Context(Prefix(both, mask, own.last_logits), lengths, mask.size(1))
 
 
-def follow(persona: Any, context: Context, ids: Tensor, mask: Tensor, awake: bool = True, last: bool = False) -> Tensor:
+def follow(persona: Any, context: Context, ids: Tensor, mask: Tensor, awake: bool = True, since: int = 0) -> Tensor:
     """Logits of what follows the transcripts, (B, L, V), with the persona awake; the context grows by it.
 
     Args:
@@ -101,7 +101,7 @@ def follow(persona: Any, context: Context, ids: Tensor, mask: Tensor, awake: boo
             either side.
         mask: (B, L), 1 for real tokens.
         awake: False asks the policy itself, to compare with.
-        last: only the logits of the last column, (B, 1, V): most of a vocabulary is never looked at.
+        since: the first column whose logits are wanted, -1 for the last alone: most are never looked at.
     """
     every = torch.cat([context.prefix.mask, mask.to(context.prefix.mask.dtype)], 1)
     out = persona.forward(
@@ -113,7 +113,7 @@ def follow(persona: Any, context: Context, ids: Tensor, mask: Tensor, awake: boo
         position_ids=(context.lengths[:, None] + mask.cumsum(1) - 1).clamp(min=0),
         past_key_values=context.prefix.cache,
         use_cache=True,
-        **({"logits_to_keep": 1} if last else {}),
+        **({"logits_to_keep": torch.arange(ids.size(1), device=ids.device)[since:]} if since else {}),
     )
     context.prefix = Prefix(out.past_key_values, every, out.logits[:, -1])
     context.lengths = context.lengths + mask.sum(1)

@@ -73,11 +73,11 @@ class Persona:
         """Cache transcripts in the persona's mode; see `modes.read_context`."""
         return read_context(self, self.facts.mode, list(transcripts), policy)
 
-    def fold(self) -> None:
-        """Make reading cheaper, for good: the policy's adapters go into its weights (see `folded.fold_below`). Its
-        states are then those that rollouts have, to rounding.
+    def fold(self, learning: bool = False) -> None:
+        """Make calls cheaper, for good: the policy's adapters go into its weights (see `folded.fold_below`). Its states
+        are then those that rollouts have, to rounding. Unless it is for `learning`, no gradient flows any more.
         """
-        self.switch.fold()
+        self.switch.fold(learning)
 
     def save(self, folder: Path) -> Path:
         """Write the persona's folder; its weights in bf16, which is half the size and near enough."""

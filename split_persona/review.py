@@ -82,7 +82,7 @@ def answers(
     """Ask a question of its own, with no transcript before it: n sampled answers, without a flag."""
     context = persona.read([persona.layout.alone()]).rows([0] * n)
     ids, mask = _padded(persona, [persona.layout.in_words().suffix(question)] * n)
-    logits = follow(persona, context, ids, mask, last=True)[:, -1]
+    logits = follow(persona, context, ids, mask, since=-1)[:, -1]
     texts, _ = _write(persona, context, logits, max_new_tokens, temperature, [seed + k for k in range(n)])
     return texts
 
@@ -116,11 +116,11 @@ def _in_words(
         some = rows[at : at + BATCH]
         here = context.rows([i for i, _ in some])
         ids, mask = _padded(persona, [persona.layout.suffix(text) for _, text in some])
-        logits = follow(persona, here, ids, mask, last=True)[:, -1]
+        logits = follow(persona, here, ids, mask, since=-1)[:, -1]
         seeds = [seed + at + k for k in range(len(some))]
         texts, rest = _write(persona, here, logits, limit, temperature, seeds)
         ids, mask = _padded(persona, rest)
-        chances = p_fail(persona, follow(persona, here, ids, mask, last=True)[:, -1]).tolist()
+        chances = p_fail(persona, follow(persona, here, ids, mask, since=-1)[:, -1]).tolist()
         found += [Review(asked, *one) for (_, asked), *one in zip(some, texts, chances, strict=True)]
     return [found[i * n : (i + 1) * n] for i in range(len(context.lengths))]
 
@@ -156,7 +156,7 @@ def _write(
             break
         ids = torch.tensor([[t] for t in tokens], device=persona.model.device)
         mask = torch.tensor([[int(g)] for g in going], device=persona.model.device)
-        logits = follow(persona, context, ids, mask, last=True)[:, -1]
+        logits = follow(persona, context, ids, mask, since=-1)[:, -1]
     texts = [persona.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in written]
     return texts, rest
 

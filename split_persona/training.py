@@ -144,14 +144,15 @@ def _step(persona: Persona, transcripts: list[list[int]], policy: Prefix | None,
     width, device = max(len(row.ids) for row in rows), persona.model.device
     ids = torch.tensor([row.ids + [0] * (width - len(row.ids)) for row in rows], device=device)
     mask = torch.tensor([[1] * len(row.ids) + [0] * (width - len(row.ids)) for row in rows], device=device)
-    logits = follow(persona, context, ids[:, :-1], mask[:, :-1])
-    columns = torch.arange(1, width, device=device)[None]
+    first = min(row.begin for row in rows)
+    logits = follow(persona, context, ids[:, :-1], mask[:, :-1], since=first - 1)
+    columns = torch.arange(first, width, device=device)[None]
     begin = torch.tensor([row.begin for row in rows], device=device)[:, None]
-    wanted = (columns >= begin) & mask[:, 1:].bool()
+    wanted = (columns >= begin) & mask[:, first:].bool()
     # The flag is one token among dozens: it counts as much as the text before it.
     last = mask.sum(1)[:, None] - 1
     weight = torch.where(columns == last, 1.0, 0.0)
-    losses = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), ids[:, 1:], reduction="none")
+    losses = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), ids[:, first:], reduction="none")
     text = wanted & (columns != last)
     loss = (losses * weight).sum() / len(rows)
     if text.any():

@@ -188,7 +188,7 @@ def test_each_way_to_ask_the_policy_is_what_its_name_says(persona):
         for row, transcript in enumerate(ids):
             asked_alone = torch.tensor([suffix])
             context = persona.read([transcript])
-            logits = follow(persona, context, asked_alone, torch.ones_like(asked_alone), awake=False, last=True)[:, -1]
+            logits = follow(persona, context, asked_alone, torch.ones_like(asked_alone), awake=False, since=-1)[:, -1]
             assert found[name][row, 1] == pytest.approx(p_fail(persona, logits).item(), abs=1e-5)
 
 

@@ -99,7 +99,7 @@ def test_interventions_asked_in_one_row_do_not_see_each_other(kind, mode, tiny_m
             if 3 <= i < 15:
                 continue
             ids = torch.tensor([suffix] * 2)
-            alone = follow(made, made.read(contexts(made)), ids, torch.ones_like(ids), awake, last=True)[:, -1]
+            alone = follow(made, made.read(contexts(made)), ids, torch.ones_like(ids), awake, since=-1)[:, -1]
             assert (asked[:, i] - alone).abs().max() < 1e-4
     assert context.prefix.cache.get_seq_length() == context.prefix.mask.size(1), "the context stays as it was"
 

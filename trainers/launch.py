@@ -18,7 +18,7 @@ from ..rewards.read_ahead import ReadAhead
 from .config import TrainConfig
 from .plan import Plan
 from .policy import PolicyRecipe
-from .ranks import first, together
+from .ranks import first, part, together
 from .rollouts import NoWorkers
 
 Hook = Callable[[Any, Any, Any], None]
@@ -105,7 +105,9 @@ def train(
         if pool is not None:
             pool.close()
         torch.set_num_threads(threads)
-    write_state(out, "finished", steps, steps)
+        part()
+    if first():
+        write_state(out, "finished", steps, steps)
     return checkpoint
 
 

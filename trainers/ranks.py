@@ -25,3 +25,14 @@ def agreed(number: int | None) -> int | None:
     from accelerate.utils import gather_object
 
     return max((n for n in gather_object([number]) if n is not None), default=None)
+
+
+def part() -> None:
+    """Leave the other processes, if there are any, when nothing more is to be done together. Left to the end of the
+    interpreter, the threads of the group can abort a process that has finished its work.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from torch import distributed
+
+        if distributed.is_initialized():
+            distributed.destroy_process_group()

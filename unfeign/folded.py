@@ -56,16 +56,17 @@ def folded_weight(layer: nn.Module) -> torch.Tensor:
     return weight
 
 
-def fold_below(model: nn.Module) -> None:
-    """Fold a stack's adapters into their base layers, in place and for good, all but a persona's activated LoRA: for
-    reading without gradients, which then costs no adapter of the policy, and on a CPU about half the time.
+def fold_below(model: nn.Module, pack: bool = True) -> None:
+    """Fold a stack's adapters into their base layers, in place and for good, all but a persona's activated LoRA: what
+    reads or trains that one then pays for no adapter of the policy. With `pack`, where it applies, about half the time
+    of reading is saved too, and no gradient flows any more.
     """
     for layer in [m for m in model.modules() if hasattr(m, "get_base_layer") and hasattr(m, "lora_A")]:
         base = layer.get_base_layer()
         if not isinstance(base, nn.Linear):
             continue
         weight = folded_weight(layer)
-        if can_pack(weight):
+        if pack and can_pack(weight):
             layer.base_layer = PackedLinear(weight, base.bias)
         else:
             base.weight.data = weight

@@ -64,6 +64,13 @@ def _clusters(prompts: list[list[int]]) -> list[list[int]]:
     return [cluster for cluster in clusters if len(cluster) > 1] + ([alone] if alone else [])
 
 
+def last_column(ids: Tensor) -> Tensor:
+    """`logits_to_keep` for the last column alone. As the number 1 it would cut a view, for which a linear layer copies
+    its whole weight, a vocabulary's, once a row.
+    """
+    return torch.tensor([ids.size(1) - 1], device=ids.device)
+
+
 def _forward(model, tails: list[list[int]], context: Prefix | None) -> Prefix:
     """Forward tails, padded on the left, each after the one context that all of them share."""
     device = next(model.parameters()).device
@@ -80,7 +87,7 @@ def _forward(model, tails: list[list[int]], context: Prefix | None) -> Prefix:
         position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, -width:],
         past_key_values=cache,
         use_cache=True,
-        logits_to_keep=1,
+        logits_to_keep=last_column(ids),
     )
     return Prefix(out.past_key_values, mask, out.logits[:, -1])
 
