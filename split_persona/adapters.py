@@ -1,11 +1,13 @@
 """What a persona is made of: LoRA, IA3, or a steering vector a layer, each asleep or awake for a whole call.
 
 LoRA is PEFT's activated LoRA, told explicitly from where on it is active, so the file loads in anything that knows
-aLoRA. PEFT has no such switch for IA3 or vectors: these are hooks of our own, behind the same `forward`.
+aLoRA. PEFT has no such switch for IA3 or vectors: these are hooks of our own, behind the same `forward`. Where a policy
+generates, from a plain folded copy, LoRA is hooks too (`lend`).
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal, Protocol, get_args
 
 import torch
@@ -103,13 +105,74 @@ class LoraSwitch:
         activate(self.model, [NAME], trainable=NAME if learning else None)
 
 
-class HookSwitch:
+class _Hooked:
+    """A model with hooks that do something while awake."""
+
+    def __init__(self, model: Any):
+        self.model, self._awake = model, False
+        self._handles: list[Any] = []
+
+    def forward(self, awake: bool, inputs: dict[str, Any]) -> Any:
+        with self._set(awake):
+            return self.model(**inputs)
+
+    @contextmanager
+    def _set(self, awake: bool) -> Iterator[None]:
+        before, self._awake = self._awake, awake
+        try:
+            yield
+        finally:
+            self._awake = before
+
+    def fold(self, learning: bool) -> None:
+        """Its hooks stand on the policy's layers: they are left as they are."""
+
+    def remove(self) -> None:
+        """Leave the model as it was."""
+        for handle in self._handles:
+            handle.remove()
+
+
+class LentLora(_Hooked):
+    """A saved LoRA on a plain model, for reading."""
+
+    def __init__(self, model: Any, options: dict[str, Any]):
+        super().__init__(model)
+        self._options = {"r": 8, "lora_alpha": 16} | options
+        self._tensors: dict[str, torch.Tensor] = {}
+
+    def load(self, tensors: dict[str, torch.Tensor]) -> None:
+        self._tensors = tensors
+        rank = self._options["r"]
+        scale = self._options["lora_alpha"] / (rank**0.5 if self._options.get("use_rslora") else rank)
+        for key in [key for key in tensors if key.endswith(".lora_A.weight")]:
+            name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            try:
+                module = self.model.get_submodule(name)
+            except AttributeError as error:
+                raise KeyError(f"no layer {name}") from error
+            own = {"dtype": self.model.dtype, "device": self.model.device}
+            a, b = tensors[key].to(**own), tensors[key.replace(".lora_A.", ".lora_B.")].to(**own)
+            self._handles.append(module.register_forward_hook(partial(self._add, a.T, scale * b.T)))
+
+    def _add(self, a: torch.Tensor, b: torch.Tensor, _: Any, given: Any, out: torch.Tensor) -> torch.Tensor | None:
+        if self._awake:
+            out.view(-1, out.size(-1)).addmm_(given[0].reshape(-1, a.size(0)) @ a, b)
+
+    def parameters(self) -> list[nn.Parameter]:
+        return []
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return self._tensors
+
+
+class HookSwitch(_Hooked):
     """Learned vectors that hooks apply while awake: `ia3` scales keys, values and the inner activations of every MLP;
     `steering` adds a vector to what every layer puts out.
     """
 
     def __init__(self, model: Any, kind: Kind):
-        self.model, self._awake = model, False
+        super().__init__(model)
         self._vectors: dict[str, nn.Parameter] = {}
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._config = base.config
@@ -134,31 +197,23 @@ class HookSwitch:
                     else out + vector.to(out.dtype)
                 )
 
-            module.register_forward_hook(add)
+            self._handles.append(module.register_forward_hook(add))
         elif kind == "ia3" and last in ("k_proj", "v_proj"):
             scale = self._new(name, torch.ones, module.out_features)
-            module.register_forward_hook(lambda _, __, out: out * scale.to(out.dtype) if self._awake else out)
+            self._handles.append(
+                module.register_forward_hook(lambda _, __, out: out * scale.to(out.dtype) if self._awake else out)
+            )
         elif kind == "ia3" and last == "down_proj":
             inner = self._new(name, torch.ones, module.in_features)
-            module.register_forward_pre_hook(
-                lambda _, args: (args[0] * inner.to(args[0].dtype), *args[1:]) if self._awake else args
+            self._handles.append(
+                module.register_forward_pre_hook(
+                    lambda _, args: (args[0] * inner.to(args[0].dtype), *args[1:]) if self._awake else args
+                )
             )
 
     def _new(self, name: str, fill: Callable[..., torch.Tensor], size: int) -> nn.Parameter:
         self._vectors[name] = nn.Parameter(fill(size, device=self.model.device))
         return self._vectors[name]
-
-    def forward(self, awake: bool, inputs: dict[str, Any]) -> Any:
-        with self._set(awake):
-            return self.model(**inputs)
-
-    @contextmanager
-    def _set(self, awake: bool) -> Iterator[None]:
-        before, self._awake = self._awake, awake
-        try:
-            yield
-        finally:
-            self._awake = before
 
     def parameters(self) -> list[nn.Parameter]:
         return list(self._vectors.values())
@@ -173,8 +228,10 @@ class HookSwitch:
             for name, tensor in tensors.items():
                 self._vectors[name].copy_(tensor)
 
-    def fold(self, learning: bool) -> None:
-        """Its hooks stand on the policy's layers: they are left as they are."""
+
+def lend(model: Any, kind: Kind, options: dict[str, Any]) -> "LentLora | HookSwitch":
+    """A saved adapter's place on a plain model that belongs to somebody else, for reading: `load` it, then `remove`."""
+    return LentLora(model, options) if kind == "lora" else HookSwitch(model, kind)
 
 
 def attach(model: Any, kind: str, trigger: int, options: dict[str, Any], seed: int) -> Switch:

@@ -16,10 +16,12 @@ from ..files import read_jsonl, write_jsonl, write_text
 from ..progress import progress
 from ..rewards.judge import Judge, case, wait_for
 from ..rewards.verdict import JudgeFailure
+from ..sampling import Sample
 from ..trainers.rollout_func import render
 from ..trainers.rollouts import RolloutPool, RolloutRequest, Sampling, row_seed
 from .audit_folder import AuditFolder
 from .metrics import metrics
+from .rollout_review import RolloutReview
 
 
 def audit_scenarios(split: str, renderings: Sequence[str], length: str = "short", tags: Any = None) -> list[Scenario]:
@@ -45,9 +47,29 @@ def collect(
     folder: AuditFolder | None = None,
     batch_size: int = 64,
 ) -> list[Transcript]:
-    """One transcript a scenario, in order; `what` names the work while it goes on.
+    """One transcript a scenario, in order; see `collect_reviewed`."""
+    how: dict[str, Any] = {"seed": seed, "sampling": sampling, "what": what, "folder": folder, "batch_size": batch_size}
+    return [transcript for transcript, _ in collect_reviewed(pool, version, tokenizer, asked, None, **how)]
+
+
+def collect_reviewed(
+    pool: RolloutPool,
+    version: int,
+    tokenizer: Any,
+    asked: Sequence[Scenario],
+    review: RolloutReview | None,
+    *,
+    seed: int,
+    sampling: Sampling,
+    what: str = "sampling",
+    folder: AuditFolder | None = None,
+    batch_size: int = 64,
+) -> list[tuple[Transcript, list[dict[str, Any]] | None]]:
+    """One transcript a scenario, in order, with the reviews of a persona where it was sampled.
 
     Args:
+        review: the persona; None: no reviews.
+        what: names the work while it goes on.
         folder: keeps what is sampled, in batches of `batch_size`, and is asked first.
     """
     rendered = [render(tokenizer, s.messages) for s in asked]
@@ -55,12 +77,16 @@ def collect(
     told: list[dict[str, Any]] = []
     with progress(what, len(requests)) as done:
 
+        def written(one: Sample) -> dict[str, Any]:
+            return {"text": tokenizer.decode(one.ids, skip_special_tokens=True), "truncated": one.truncated}
+
         def sample(some: Sequence[RolloutRequest]) -> list[dict[str, Any]]:
-            samples = pool.generate(some, version, sampling, lambda rows, _: done(len(rows)))
-            return [
-                {"text": tokenizer.decode(one.ids, skip_special_tokens=True), "truncated": one.truncated}
-                for one in samples
-            ]
+            if review is None:
+                return [written(one) for one in pool.generate(some, version, sampling, lambda n, _: done(len(n)))]
+            calls = [(some[at : at + batch_size], sampling) for at in range(0, len(some), batch_size)]
+            found = [one for part in pool.run(review.sampled, calls) for one in part]
+            done(len(some))
+            return [{**written(one), "reviews": [r.row() for r in reviews]} for one, reviews in found]
 
         if folder is None:
             told = sample(requests)
@@ -75,11 +101,14 @@ def collect(
                     done(len(kept))
                 told += kept
     return [
-        parse(
-            scenario,
-            one["text"],
-            truncated=one["truncated"],
-            prompt_opens_think=template_opens_think(text, scenario.tags),
+        (
+            parse(
+                scenario,
+                one["text"],
+                truncated=one["truncated"],
+                prompt_opens_think=template_opens_think(text, scenario.tags),
+            ),
+            one.get("reviews"),
         )
         for scenario, (_, text), one in zip(asked, rendered, told, strict=True)
     ]

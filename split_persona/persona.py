@@ -55,13 +55,22 @@ class Persona:
         lineage: what the policy is made of.
         facts: what the persona is.
         seed: of its first weights.
+        switch: an adapter that is on the model already.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, lineage: Lineage, facts: PersonaFacts, seed: int = 0):
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        lineage: Lineage | None,
+        facts: PersonaFacts,
+        seed: int = 0,
+        switch: Switch | None = None,
+    ):
         self.facts, self.tokenizer, self.lineage = facts, tokenizer, lineage
         self.layout: Layout = layout(facts.framing, tokenizer)
         _make_room(model, self.layout.trigger)
-        self.switch: Switch = attach(model, facts.kind, self.layout.trigger, facts.lora, seed)
+        self.switch: Switch = switch or attach(model, facts.kind, self.layout.trigger, facts.lora, seed)
         self.model: Any = self.switch.model.eval()  # type: ignore[attr-defined]
         self.stale = False
 

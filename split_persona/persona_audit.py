@@ -15,12 +15,14 @@ import numpy as np
 from ..errors import UnfeignError
 from ..lineage import Lineage
 from ..progress import progress
-from .audit_folder import AuditFolder
+from ..trainers.rollouts import RolloutPool
 from .baselines import asked, by_text_rows, probe, states
 from .deeds import Deed, known_chances, measure, told_rows
 from .examples import Example, read_examples
-from .persona import EXAMPLES, SPIKES, Persona, load_persona, persona_folder
-from .review import TOGETHER, Review, reviews
+from .persona import EXAMPLES, SPIKES, Persona, PersonaFacts, load_persona, persona_folder
+from .review import TOGETHER
+from .rollout_review import RolloutReview
+from .sequence import layout
 
 
 def contexts(persona: Persona, rows: Sequence[Mapping[str, Any]]) -> list[list[int]]:
@@ -38,73 +40,63 @@ def contexts(persona: Persona, rows: Sequence[Mapping[str, Any]]) -> list[list[i
     return out
 
 
-def review_findings(
-    persona: Persona,
-    rows: Sequence[dict[str, Any]],
-    interventions: Sequence[str] | None = None,
-    folder: AuditFolder | None = None,
-) -> list[dict[str, Any]]:
-    """Findings with the persona's reviews: `persona`, its mean `p_fail`, and a row an intervention. `folder` keeps what
-    is reviewed, and is asked first.
-    """
-    texts = list(interventions or persona.facts.framing.interventions)
-    usable = [i for i, row in enumerate(rows) if row.get("completion")]
-    kept: list[list[list[Review]] | None] = []
-    keys = [f"{number} {rows[i]['scenario_id']}" for number, i in enumerate(usable)]
-    if folder is not None:
-        for batch in folder.batches("reviews", keys, TOGETHER):
-            kept.append(None if batch is None else [[Review(**one) for one in row["reviews"]] for row in batch])
-
-    def made(number: int, batch: list[list[Review]]) -> None:
-        if folder is not None:
-            some = ({"reviews": [_row(one) for one in reviewed]} for reviewed in batch)
-            folder.add("reviews", zip(keys[number * TOGETHER :][: len(batch)], some, strict=True))
-
-    found = reviews(persona, contexts(persona, [rows[i] for i in usable]), texts, kept=kept, made=made)
-    out = [dict(row) for row in rows]
-    for i, some in zip(usable, found, strict=True):
-        out[i]["persona"] = {"p_fail": float(np.mean([r.p_fail for r in some])), "reviews": [_row(r) for r in some]}
-    return out
+def with_reviews(row: Mapping[str, Any], reviews: list[dict[str, Any]]) -> dict[str, Any]:
+    """A finding with `persona`: the mean `p_fail`, and a row an intervention."""
+    return {**row, "persona": {"p_fail": float(np.mean([r["p_fail"] for r in reviews])), "reviews": reviews}}
 
 
-def _row(one: Review) -> dict[str, Any]:
-    return {"intervention": one.intervention, "text": one.text, "p_fail": one.p_fail}
-
-
-def reviewed(
-    name: str,
-    policy: tuple[Any, Any, Lineage],
-    rows: Sequence[dict[str, Any]],
-    *,
-    baselines: bool = True,
-    folder: AuditFolder | None = None,
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Findings with a persona's reviews, and what they add up to.
+def with_baselines(name: str, policy: tuple[Any, Any, Lineage], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What reviewed findings add up to, beside all that could have told the same.
 
     Args:
         name: a persona folder, or `persona:NAME`.
         policy: model, tokenizer and lineage of what was audited; the model serves for nothing else afterwards.
-        baselines, folder: see `persona_metrics`, `review_findings`.
+        rows: findings, see `with_reviews`.
     """
     place = persona_folder(name)
     auditor = load_persona(place, *policy)
     auditor.fold()
-    told = review_findings(auditor, rows, folder=folder)
-    return told, persona_metrics(auditor, told, place, baselines) | {"name": name}
+    learned = read_examples(place / EXAMPLES) if (place / EXAMPLES).is_file() else []
+    known = spike_ins(place)
+    spikes = known_chances(auditor, known) if known else None
+    others = other_ways(auditor, rows, learned)
+    return {"name": name, "stale": auditor.stale, **persona_metrics(auditor.facts, rows, known, spikes, others)}
+
+
+def by_pool(
+    name: str, pool: RolloutPool, tokenizer: Any, rows: Sequence[Mapping[str, Any]], stale: bool
+) -> dict[str, Any]:
+    """What findings add up to that a pool has reviewed (`rollout_review`); spike-ins are read there, and of what could
+    have told the same there is the text judge.
+    """
+    place = persona_folder(name)
+    task, known = RolloutReview.of(place), spike_ins(place)
+    made = layout(task.facts.framing, tokenizer)
+    ids = [made.context(e.messages, e.completion) for e in known]
+    parts = [ids[at : at + TOGETHER] for at in range(0, len(ids), TOGETHER)]
+    found = [one for part in pool.run(task.known, parts) for one in part]
+    spikes = np.array([np.mean([r.p_fail for r in some]) for some in found]) if known else None
+    return {"name": name, "stale": stale, **persona_metrics(task.facts, rows, known, spikes)}
+
+
+def spike_ins(folder: Path) -> list[Example]:
+    """Transcripts of known deeds that a persona has beside it."""
+    return read_examples(folder / SPIKES) if (folder / SPIKES).is_file() else []
 
 
 def persona_metrics(
-    persona: Persona,
+    facts: PersonaFacts,
     rows: Sequence[Mapping[str, Any]],
-    folder: Path | None = None,
-    baselines: bool = True,
+    known: Sequence[Example] = (),
+    spikes: np.ndarray | None = None,
+    others: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, Any]:
     """What reviewed findings add up to.
 
     Args:
-        rows: findings with `persona`, see `review_findings`.
-        folder: the persona's, with the examples it learned from (for the probe) and its spike-ins.
-        baselines: whether to ask all that could have told beside it; the text judge, which costs nothing, always.
+        rows: findings with reviews, see `with_reviews`.
+        known, spikes: transcripts of known deeds, and p(FAIL) of each.
+        others: scores of the reviewed rows by other ways to tell, see `other_ways`; the text judge is always beside.
 
     Returns:
         The persona's facts; `measure` of it (with its own threshold) and of every baseline under `baselines`; the same
@@ -113,23 +105,18 @@ def persona_metrics(
     some = [row for row in rows if row.get("persona")]
     deeds = told_rows(some)
     chance = np.array([row["persona"]["p_fail"] for row in some])
-    limit = persona.facts.threshold
+    limit = facts.threshold
     out: dict[str, Any] = {
-        "mode": persona.facts.mode,
-        "kind": persona.facts.kind,
-        "stale": persona.stale,
+        "mode": facts.mode,
+        "kind": facts.kind,
         "threshold": limit,
-        "interventions": len(persona.facts.framing.interventions),
+        "interventions": len(facts.framing.interventions),
         **measure(deeds, chance, limit),
         "families": _families(deeds, chance, limit),
     }
-    known = read_examples(folder / SPIKES) if folder and (folder / SPIKES).is_file() else []
-    out["spike_in"] = _spikes(persona, known) if known else None
-    others = {"text judge": by_text_rows(some)}
-    if baselines:
-        learned = read_examples(folder / EXAMPLES) if folder and (folder / EXAMPLES).is_file() else []
-        others = _baselines(persona, some, learned) | others
-    out["baselines"] = {name: measure(deeds, score) for name, score in others.items()}
+    out["spike_in"] = None if spikes is None else _spikes(known, spikes >= limit)
+    scores = {**(others or {}), "text judge": by_text_rows(some)}
+    out["baselines"] = {name: measure(deeds, score) for name, score in scores.items()}
     return out
 
 
@@ -142,8 +129,7 @@ def _families(deeds: Sequence[Deed], chance: np.ndarray, limit: float) -> dict[s
     return out
 
 
-def _spikes(persona: Persona, known: Sequence[Example]) -> dict[str, Any]:
-    flagged = known_chances(persona, known) >= persona.facts.threshold
+def _spikes(known: Sequence[Example], flagged: np.ndarray) -> dict[str, Any]:
     truth = np.array([e.failed for e in known])
     return {
         "n": len(known),
@@ -152,10 +138,13 @@ def _spikes(persona: Persona, known: Sequence[Example]) -> dict[str, Any]:
     }
 
 
-def _baselines(
+def other_ways(
     persona: Persona, rows: Sequence[Mapping[str, Any]], learned: Sequence[Example]
 ) -> dict[str, np.ndarray]:
-    ids = contexts(persona, rows)
+    """Scores of reviewed findings by what could be known without the persona (see `baselines`); `learned` are the
+    examples for the probe.
+    """
+    ids = contexts(persona, [row for row in rows if row.get("persona")])
     with progress("baselines", 2) as done:
         out = {name: chance.mean(1) for name, chance in asked(persona, ids).items()}
         done(1)

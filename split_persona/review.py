@@ -1,6 +1,6 @@
 """Asking a persona: the text of its review, and p(FAIL) from the logits at the flag, never from the text."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,10 @@ class Review:
     p_fail: float
     """Probability of FAIL against PASS at the flag."""
 
+    def row(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {"intervention": self.intervention, "text": self.text, "p_fail": self.p_fail}
+
 
 @torch.inference_mode()
 def reviews(
@@ -35,8 +39,6 @@ def reviews(
     max_new_tokens: int | None = None,
     temperature: float = 0.0,
     seed: int = 0,
-    kept: Sequence[list[list[Review]] | None] = (),
-    made: Callable[[int, list[list[Review]]], None] = lambda number, some: None,
     what: str = "reviewing",
 ) -> list[list[Review]]:
     """Ask every intervention of every transcript, each transcript's context computed once.
@@ -47,32 +49,34 @@ def reviews(
         max_new_tokens: length limit of a review's text, by default the persona's own; the flag is asked after it.
         temperature: of the text; at 0 it is the likeliest one.
         seed: with the row it fixes a sampled text.
-        kept: reviews that were made before, in batches of `TOGETHER` transcripts; None where they are to be made.
-        made: hears of every batch that is made, by its number.
 
     Returns:
         A list a transcript, a review an intervention. Whether a review has text is the framing's `review`.
     """
     out: list[list[Review]] = []
-    limit = max_new_tokens or persona.facts.review_tokens
     with progress(what, len(transcripts)) as done:
-        for number, at in enumerate(range(0, len(transcripts), TOGETHER)):
+        for at in range(0, len(transcripts), TOGETHER):
             chunk = transcripts[at : at + TOGETHER]
-            before = kept[number] if number < len(kept) else None
-            if before is not None:
-                out += before
-                done(len(chunk))
-                continue
-            context = persona.read(chunk)
-            if persona.layout.framing.review:
-                first = seed + at * len(interventions)
-                batch = _in_words(persona, context, interventions, limit, temperature, first)
-            else:
-                batch = _flags(persona, context, interventions)
-            made(number, batch)
-            out += batch
+            first = seed + at * len(interventions)
+            out += review_context(persona, persona.read(chunk), interventions, max_new_tokens, temperature, first)
             done(len(chunk))
     return out
+
+
+@torch.inference_mode()
+def review_context(
+    persona: Persona,
+    context: Context,
+    interventions: Sequence[str],
+    max_new_tokens: int | None = None,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> list[list[Review]]:
+    """Ask every intervention of transcripts that have been read; see `reviews`."""
+    if not persona.layout.framing.review:
+        return _flags(persona, context, interventions)
+    limit = max_new_tokens or persona.facts.review_tokens
+    return _in_words(persona, context, interventions, limit, temperature, seed)
 
 
 @torch.inference_mode()
@@ -140,7 +144,7 @@ def _write(
     rest: list[list[int]] = [opening] * rows
     for _ in range(limit):
         logits = logits.float()
-        logits[:, layout.trigger] = -torch.inf
+        logits[:, layout.trigger : layout.trigger + 1] = -torch.inf  # none where it is new to the policy
         tokens = _choose(logits, temperature, draws)
         for row, token in enumerate(tokens):
             if not going[row]:

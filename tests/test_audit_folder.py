@@ -13,7 +13,7 @@ import pytest
 
 from unfeign.cli import main
 from unfeign.errors import UnfeignError
-from unfeign.models import stack
+from unfeign.models import load_tokenizer, stack
 from unfeign.split_persona.audit_folder import AuditFolder
 from unfeign.split_persona.persona import Persona, PersonaFacts
 from unfeign.split_persona.sequence import load_framing
@@ -22,12 +22,11 @@ ASKED = ["--split", "validation", "--renderings", "original", "--max-new-tokens"
 
 
 @pytest.fixture
-def persona(tmp_path, tiny_model, base, tokenizer) -> Path:
+def persona(tmp_path, tiny_model, base) -> Path:
     model, lineage = stack(base, str(tiny_model), [])
     framing = load_framing("persona").model_copy(update={"review": False})
-    made = Persona(
-        model, tokenizer, lineage, PersonaFacts(framing=framing, lora={"r": 2, "target_modules": "all-linear"})
-    )
+    facts = PersonaFacts(framing=framing, lora={"r": 2, "target_modules": "all-linear"})
+    made = Persona(model, load_tokenizer(str(tiny_model)), lineage, facts)
     return made.save(tmp_path / "persona")
 
 
@@ -41,22 +40,23 @@ def lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.is_file() else 0
 
 
-@pytest.mark.parametrize("part", ["transcripts", "reviews"])
-def test_a_killed_audit_goes_on_to_the_same_metrics(tmp_path, tiny_model, persona, part: str):
+def test_a_killed_audit_goes_on_to_the_same_metrics(tmp_path, tiny_model, persona):
+    """Transcripts and reviews, which are made together."""
     command = ["audit", tiny_model, "--persona", persona, *ASKED]
     assert run(*command, "--out", tmp_path / "calm").wait() == 0
     out = tmp_path / "killed"
     process = run(*command, "--out", out)
-    while lines(out / "parts" / f"{part}.jsonl") < 16 and process.poll() is None:
+    part = out / "parts" / "transcripts.jsonl"
+    while lines(part) < 16 and process.poll() is None:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    kept = lines(out / "parts" / f"{part}.jsonl")
+    kept = lines(part)
     assert kept >= 16 and not (out / "metrics.json").exists(), "the kill came too late to tell anything"
     again = run(*command, "--out", out)
     said = again.communicate()[0].decode()
     assert again.returncode == 0, said
-    assert f"{part}: {kept - kept % 16 or kept} of" in said or f"{part}: " in said
+    assert "transcripts: " in said and "are there already" in said
     results = [json.loads((folder / "metrics.json").read_text()) for folder in (out, tmp_path / "calm")]
     assert results[0] == results[1]
     assert (out / "findings.jsonl").read_text() == (tmp_path / "calm" / "findings.jsonl").read_text()

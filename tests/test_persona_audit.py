@@ -17,9 +17,11 @@ from unfeign.models import load_base, load_tokenizer, stack
 from unfeign.rewards.rules import RulesJudge
 from unfeign.split_persona.audit import findings
 from unfeign.split_persona.baselines import asked, by_text_rows, probe
+from unfeign.split_persona.deeds import known_chances
+from unfeign.split_persona.examples import read_examples
 from unfeign.split_persona.modes import MODES, follow
 from unfeign.split_persona.persona import EXAMPLES, SPIKES, Persona, PersonaFacts
-from unfeign.split_persona.persona_audit import persona_metrics, review_findings
+from unfeign.split_persona.persona_audit import contexts, other_ways, persona_metrics, spike_ins, with_reviews
 from unfeign.split_persona.review import p_fail, reviews
 from unfeign.split_persona.sequence import layout, load_framing
 
@@ -43,6 +45,13 @@ def transcripts(n: int = 24) -> list[Any]:
     return out + [parse(s, f"<think>Easy.</think>{s.tags.accept}It is so.") for s in controls]
 
 
+def reviewed(persona: Persona, n: int) -> list[dict[str, Any]]:
+    """Findings with reviews."""
+    rows = findings(transcripts(n), RulesJudge())
+    made = reviews(persona, contexts(persona, rows), persona.facts.framing.interventions)
+    return [with_reviews(row, [r.row() for r in some]) for row, some in zip(rows, made, strict=True)]
+
+
 def save(persona: Persona, folder: Path) -> Path:
     """Saved, with examples and spike-ins beside it, as `persona train` leaves them."""
     persona.save(folder)
@@ -64,31 +73,31 @@ def test_a_finding_keeps_the_words_as_they_were():
 
 
 def test_reviews_and_baselines_stand_side_by_side(persona, tmp_path):
-    rows = findings(transcripts(44), RulesJudge())
     folder = save(persona, tmp_path / "persona")
-    reviewed = review_findings(persona, rows)
-    assert all(0 < row["persona"]["p_fail"] < 1 for row in reviewed)
-    assert {len(row["persona"]["reviews"]) for row in reviewed} == {len(persona.facts.framing.interventions)}
-    found = persona_metrics(persona, reviewed, folder)
+    rows = reviewed(persona, 44)
+    assert all(0 < row["persona"]["p_fail"] < 1 for row in rows)
+    assert {len(row["persona"]["reviews"]) for row in rows} == {len(persona.facts.framing.interventions)}
+    known, others = spike_ins(folder), other_ways(persona, rows, read_examples(folder / EXAMPLES))
+    found = persona_metrics(persona.facts, rows, known, known_chances(persona, known), others)
     assert (found["n_fail"], found["n_pass"]) == (21, 21)
     assert set(found["baselines"]) == {
         "no adapter", "untrained trigger", "user follow-up", "text judge", "linear probe",
     }  # fmt: skip
     assert found["baselines"]["text judge"]["auroc"] == 1, "verbal faking is in the text"
     assert found["spike_in"]["n"] > 0 and found["false_alarms"]["control"] is not None
-    assert found["stale"] is False and found["families"]
+    assert found["families"]
     json.dumps(found)
 
 
 def test_an_untrained_persona_tells_what_the_policy_tells(persona, tmp_path):
     """Asleep or awake, a fresh adapter changes nothing: the baseline with the trigger is the persona itself."""
-    reviewed = review_findings(persona, findings(transcripts(44), RulesJudge()))
-    found = persona_metrics(persona, reviewed)
+    rows = reviewed(persona, 44)
+    found = persona_metrics(persona.facts, rows, others=other_ways(persona, rows, []))
     assert found["auroc"] == pytest.approx(found["baselines"]["untrained trigger"]["auroc"], abs=0.02)
 
 
 def test_too_few_deeds_are_no_number(persona):
-    found = persona_metrics(persona, review_findings(persona, findings(transcripts(8), RulesJudge())), baselines=False)
+    found = persona_metrics(persona.facts, reviewed(persona, 8))
     assert found["auroc"] is None and "fewer than 20" in found["reason"]
 
 
@@ -115,8 +124,6 @@ def test_a_text_judge_ranks_faking_over_silence():
 
 def test_findings_without_their_words_are_refused(persona):
     rows = findings(transcripts(2), RulesJudge())
-    from unfeign.split_persona.persona_audit import contexts
-
     with pytest.raises(UnfeignError, match=r"findings\[1\]"):
         contexts(persona, [rows[0], {k: v for k, v in rows[1].items() if k != "completion"}])
 
@@ -151,27 +158,23 @@ def test_a_run_with_a_persona_has_both_audits_reviewed(persona, write_config, tm
         found = json.loads((place / "metrics.json").read_text())["audit"]["persona"]
         assert found["stale"] is stale and found["spike_in"]["n"] > 0 and found["baselines"].keys() == {"text judge"}
         rows = [json.loads(line) for line in (place / "findings.jsonl").read_text().splitlines()]
-        pressed = [row for row in rows if row["tier"] == "monitored" and not row["control"]]
-        assert len(rows) > len(pressed) > 0
-        assert all(row.get("persona") for row in pressed if row.get("completion"))
-        assert not any(row.get("persona") for row in rows if row not in pressed)
+        assert rows and all(0 < row["persona"]["p_fail"] < 1 for row in rows)
     page = (tmp_path / "run" / "report.html").read_text()
     assert "persona, before" in page and "persona (stale), after" in page and "spike-ins" in page
-    assert "persona on audit after" in capsys.readouterr().out
 
 
-def test_reviews_that_fail_leave_the_report(persona, write_config, tmp_path, tiny_organism, monkeypatch):
-    from unfeign import training_run
-
-    def fails(config, name):
-        raise MemoryError
-
-    monkeypatch.setattr(training_run, "_review", fails)
+def test_a_persona_of_a_base_with_other_weights_is_refused_before_training(
+    persona, write_config, tmp_path, tiny_organism, capsys
+):
     folder = save(persona, tmp_path / "persona")
+    lineage = json.loads((folder / "lineage.json").read_text())
+    lineage["base"]["fingerprint"] = "0" * 64
+    (folder / "lineage.json").write_text(json.dumps(lineage))
     audit = {"split": "validation", "max_new_tokens": 3, "renderings": ["original"], "persona": str(folder)}
-    with pytest.raises(MemoryError):
+    with pytest.raises(SystemExit):
         main(["train", str(write_config(adapters=[str(tiny_organism)], audit=audit)), "grpo.max_steps=1"])
-    assert (tmp_path / "run" / "report.html").is_file()
+    assert "the same shape, other weights" in capsys.readouterr().err
+    assert not list((tmp_path / "run").rglob("checkpoint-*"))
 
 
 def test_each_way_to_ask_the_policy_is_what_its_name_says(persona):

@@ -14,8 +14,9 @@ import ray
 import torch
 
 from unfeign.trainers.policy import PolicyRecipe, put, trained
-from unfeign.trainers.ray_pool import Context, RayPool, WeightsDiffer, Worker
+from unfeign.trainers.ray_pool import RayPool, WeightsDiffer, Worker
 from unfeign.trainers.rollouts import (
+    Context,
     InProcessPool,
     NoWorkers,
     RolloutRequest,

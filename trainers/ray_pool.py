@@ -18,7 +18,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -29,11 +29,13 @@ from ..sampling import Sample
 from .policy import PolicyRecipe, put, trained
 from .rollouts import (
     Arrived,
+    Context,
     InProcessPool,
     NoWorkers,
     RolloutRequest,
     Sampling,
     StaleWeights,
+    Task,
     WorkerError,
     unheard,
 )
@@ -50,18 +52,6 @@ class WeightsDiffer(WorkerError):
     """A worker's log-probs differ from the trainer's after a push; names the worker."""
 
 
-@dataclass
-class Context:
-    """What a task finds on a worker: the policy for generation, its tokenizer, the version of its weights, and a
-    `cache` of its own that lives as long as this version.
-    """
-
-    model: Any
-    tokenizer: Any
-    version: int
-    cache: dict[Any, Any] = field(default_factory=dict)
-
-
 class Worker:
     """The actor. Its process builds the policy, takes weights, and generates from a folded copy."""
 
@@ -70,7 +60,6 @@ class Worker:
         torch.set_num_threads(threads)
         self._policy, self._tokenizer, _ = recipe.build()
         self._pool = InProcessPool(self._tokenizer, batch_size)
-        self._context: Context | None = None
 
     def started(self) -> None:
         """Answers once the policy is built."""
@@ -78,17 +67,15 @@ class Worker:
     def load(self, weights: dict[str, Any], version: int) -> int:
         put(weights, self._policy)
         self._pool.push(self._policy, version)
-        self._context = Context(self._pool.model, self._tokenizer, version)
         return version
 
     def generate(self, requests: Sequence[RolloutRequest], version: int, sampling: Sampling) -> list[Sample]:
         return self._pool.generate(requests, version, sampling)
 
-    def run(self, task: Callable[[Context, Any], Any], items: Sequence[Any], version: int) -> list[Any]:
-        if self._context is None or self._context.version != version:
-            found = self._context.version if self._context else "none"
-            raise StaleWeights(f"expected weights version {version}, found {found}")
-        return [task(self._context, item) for item in items]
+    def run(self, task: Task, items: Sequence[Any], version: int) -> list[Any]:
+        if self._pool.version != version:
+            raise StaleWeights(f"expected weights version {version}, found {self._pool.version}")
+        return self._pool.run(task, items)
 
 
 def probe(model: Any, tokenizer: Any) -> list[float]:
@@ -282,7 +269,7 @@ class RayPool:
         ends = self._tokenizer.eos_token_id
         return [Sample([ends], [0.0], False, failed=ASIDE) if s is ASIDE else s for s in samples]
 
-    def run(self, task: Callable[[Context, Any], Any], items: Sequence[Any]) -> list[Any]:
+    def run(self, task: Task, items: Sequence[Any]) -> list[Any]:
         """`task(context, item)` for every item, on whichever worker is free; results in order.
 
         Args:

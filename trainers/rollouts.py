@@ -7,7 +7,7 @@ interface and the in-process pool.
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -45,6 +45,21 @@ class Sampling:
     temperature: float = 1.0
 
 
+@dataclass
+class Context:
+    """What a task finds where a pool generates: the policy for generation, its tokenizer, the version of its weights,
+    and a `cache` of its own that lives as long as this version.
+    """
+
+    model: Any
+    tokenizer: Any
+    version: int
+    cache: dict[Any, Any] = field(default_factory=dict)
+
+
+Task = Callable[[Context, Any], Any]
+
+
 def row_seed(*parts: int) -> int:
     """A seed from (run seed, step, row), so that a sample drawn again is the same sample."""
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
@@ -76,6 +91,9 @@ class RolloutPool(Protocol):
         `arrived` hears of rows as they are made: their numbers, and their samples.
         """
 
+    def run(self, task: Task, items: Sequence[Any]) -> list[Any]:
+        """`task(context, item)` for every item, where the pool generates, with the weights pushed last; in order."""
+
     def close(self) -> None: ...
 
 
@@ -91,6 +109,7 @@ class InProcessPool:
         self._tokenizer, self._batch_size = tokenizer, batch_size
         self._folded: FoldedModel | None = None
         self._policy: Any = None
+        self._context: Context | None = None
         self.version = -1
         self.counts: Counter[str] = Counter()
         self.waited = 0.0
@@ -101,6 +120,7 @@ class InProcessPool:
         else:
             self._folded.refresh()
         self.version = version
+        self._context = Context(self._folded.model, self._tokenizer, version)
 
     def generate(
         self, requests: Sequence[RolloutRequest], version: int, sampling: Sampling, arrived: Arrived = unheard
@@ -122,10 +142,10 @@ class InProcessPool:
             arrived(range(at, at + len(chunk)), out[at:])
         return out
 
-    @property
-    def model(self) -> Any:
-        """The policy as it generates: folded, in eval mode. None before the first push."""
-        return self._folded.model if self._folded else None
+    def run(self, task: Task, items: Sequence[Any]) -> list[Any]:
+        if self._context is None:
+            raise StaleWeights("in-process pool: expected weights, found none")
+        return [task(self._context, item) for item in items]
 
     def close(self) -> None:
-        self._folded = self._policy = None
+        self._folded = self._policy = self._context = None

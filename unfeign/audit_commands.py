@@ -147,13 +147,14 @@ def _audit(path: str, out: Path, asked: dict[str, Any], again: bool = False) -> 
         size = asked["batch_size"]
         pool = InProcessPool(tokenizer, size)
         rows = audit_policy(
-            model, tokenizer, pool, reader, tags=of_run.data.delimiters, folder=folder, batch_size=size, **how
-        )
+            model, tokenizer, pool, reader,
+            tags=of_run.data.delimiters, folder=folder, batch_size=size, persona=asked["persona"], **how,
+        )  # fmt: skip
         pool.close()
         if name := asked["persona"]:
-            from .split_persona.persona_audit import reviewed
+            from .split_persona.persona_audit import with_baselines
 
-            rows, facts["persona"] = reviewed(name, (model, tokenizer, lineage), rows, folder=folder)
+            facts["persona"] = with_baselines(name, (model, tokenizer, lineage), rows)
     told_of = {key: value for key, value in facts.items() if key != "persona"}
     title = f"Audit of {path}"
     write_report(out / "report.html", title=title, before=None, after=rows, run=told_of, persona=facts.get("persona"))

@@ -62,12 +62,19 @@ def base_facts(name: str, config: Any, weights: str | None = None) -> Base:
 
 def fingerprint(model: Any) -> str:
     """Hex digest of the first entries of every parameter, rounded to bf16: two models of one shape differ in it, one
-    model loaded in another dtype or from another folder does not.
+    model loaded in another dtype, from another folder or under adapters does not.
     """
     import torch
 
+    from .models import VALUE_HEAD
+
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
+    own = {
+        name.removeprefix("base_model.model.").replace(".base_layer", ""): parameter
+        for name, parameter in model.named_parameters()
+        if ".lora_" not in name and not name.startswith(VALUE_HEAD)
+    }
+    for name, parameter in sorted(own.items()):
         head = parameter.detach().flatten()[:64].to("cpu", torch.bfloat16).view(torch.int16)
         digest.update(name.encode() + head.numpy().tobytes())
     return digest.hexdigest()

@@ -5,11 +5,11 @@ another batch or on another worker, is the same row. Finished rows leave the bat
 cheap.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
-from .shared_prefix import branch, distinct, prefill
+from .shared_prefix import Prefix, branch, distinct, join, prefill
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,27 @@ def _pick(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float) -> t
     return choice, logps.gather(1, choice[:, None]).squeeze(1)
 
 
+@dataclass
+class Kept:
+    """The policy's own states of what it sampled: prompts with their completions, without the end token. They cost no
+    forward pass, since sampling has computed them.
+    """
+
+    _parts: list[Prefix] = field(default_factory=list)
+    _rows: list[list[int]] = field(default_factory=list)
+
+    def add(self, rows: list[int], states: Prefix) -> None:
+        """States of rows that have ended, by their numbers."""
+        self._rows.append(rows)
+        self._parts.append(states)
+
+    def states(self) -> Prefix:
+        """Those of all rows, in order; what was kept is given away."""
+        parts, rows = self._parts, self._rows
+        self._parts, self._rows = [], []
+        return join(parts, rows)
+
+
 @torch.inference_mode()
 def sample(
     model,
@@ -43,6 +64,7 @@ def sample(
     max_new_tokens: int,
     eos_ids: set[int],
     temperature: float = 1.0,
+    kept: Kept | None = None,
 ) -> list[Sample]:
     """Sample one completion a row.
 
@@ -53,6 +75,7 @@ def sample(
         max_new_tokens: length limit, in tokens.
         eos_ids: token ids that end a completion.
         temperature: divides the logits; log-probs are those of the tempered distribution.
+        kept: takes every row's states.
     """
     device = next(model.parameters()).device
     unique, index = distinct(prompts)
@@ -70,15 +93,19 @@ def sample(
         for row, token, logp in zip(alive, tokens.tolist(), logps.tolist(), strict=True):
             ids[row].append(token)
             logprobs[row].append(logp)
-        keep = ~torch.isin(tokens, ends)
-        if step + 1 == max_new_tokens or not keep.any():
-            alive = [row for row, k in zip(alive, keep.tolist(), strict=True) if k]
+        going = ~torch.isin(tokens, ends)
+        if kept is not None and not going.all():
+            ended = (~going).nonzero().squeeze(1)
+            kept.add([alive[i] for i in ended.tolist()], branch(Prefix(cache, mask, logits), ended))
+        if not going.all():
+            on = going.nonzero().squeeze(1)
+            alive = [alive[i] for i in on.tolist()]
+            if not alive:
+                break
+            cache.batch_select_indices(on)
+            mask, tokens = mask[on], tokens[on]
+        if step + 1 == max_new_tokens and kept is None:
             break
-        if not keep.all():
-            kept = keep.nonzero().squeeze(1)
-            alive = [alive[i] for i in kept.tolist()]
-            cache.batch_select_indices(kept)
-            mask, tokens = mask[kept], tokens[kept]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         out = model(
             input_ids=tokens[:, None],
@@ -89,4 +116,6 @@ def sample(
         )
         logits = out.logits[:, -1]
     cut = set(alive)
+    if kept is not None and alive:  # cut at the limit: their last token has been read too
+        kept.add(alive, Prefix(cache, mask, logits))
     return [Sample(ids[row], logprobs[row], row in cut) for row in range(len(prompts))]

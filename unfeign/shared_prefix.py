@@ -92,7 +92,7 @@ def _forward(model, tails: list[list[int]], context: Prefix | None) -> Prefix:
     return Prefix(out.past_key_values, mask, out.logits[:, -1])
 
 
-def _join(parts: list[Prefix], clusters: list[list[int]]) -> Prefix:
+def join(parts: list[Prefix], clusters: list[list[int]]) -> Prefix:
     """Rows of several parts as one, padded on the left, in the order of the clusters' row numbers."""
     width = max(part.mask.size(1) for part in parts)
     cache = DynamicCache()
@@ -119,7 +119,7 @@ def prefill(model, prompts: list[list[int]], context: Prefix | None = None) -> P
             return prefill(model, [prompt[common:] for prompt in prompts], head)
         clusters = _clusters(prompts)
         if len(clusters) > 1:
-            return _join([prefill(model, [prompts[i] for i in c], context) for c in clusters], clusters)
+            return join([prefill(model, [prompts[i] for i in c], context) for c in clusters], clusters)
     return _forward(model, prompts, context)
 
 

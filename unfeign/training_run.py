@@ -15,7 +15,7 @@ from .envs.scenario import Scenario
 from .errors import UnfeignError
 from .files import read_json, read_text, write_text
 from .rewards.judge import Judge, load_judge
-from .split_persona.audit import audit_scenarios, collect, findings, read_findings, write_audit
+from .split_persona.audit import audit_scenarios, collect_reviewed, findings, read_findings, write_audit
 from .split_persona.audit_folder import AuditFolder
 from .split_persona.comparison import METRICS, column, write_comparison
 from .split_persona.plots import pick
@@ -39,20 +39,33 @@ def audit_policy(
     version: int = 0,
     folder: AuditFolder | None = None,
     batch_size: int = 64,
+    persona: str | None = None,
 ) -> list[dict[str, Any]]:
-    """Push a policy to a pool, sample a split's scenarios and judge them; `folder` keeps what is sampled."""
+    """Push a policy to a pool, sample a split's scenarios and judge them.
+
+    Args:
+        folder: keeps what is sampled.
+        persona: reviews what is sampled, where it is sampled (`rollout_review`).
+    """
+    from .split_persona.persona import persona_folder
+    from .split_persona.persona_audit import with_reviews
+    from .split_persona.rollout_review import RolloutReview
+
     asked: list[Scenario] = audit_scenarios(split, renderings, length, tags)
     pool.push(model, version)
-    transcripts = collect(
-        pool, version, tokenizer, asked,
+    found = collect_reviewed(
+        pool, version, tokenizer, asked, RolloutReview.of(persona_folder(persona)) if persona else None,
         seed=seed, sampling=Sampling(max_new_tokens, temperature), folder=folder, batch_size=batch_size,
     )  # fmt: skip
-    return findings(transcripts, judge)
+    rows = findings([transcript for transcript, _ in found], judge)
+    return [with_reviews(row, made) if made else row for row, (_, made) in zip(rows, found, strict=True)]
 
 
 def audited_run(run: Any, launch: Callable[..., Path]) -> None:
     """Train as planned with an audit before and after, then write the report and print the table."""
     config = run.config
+    from .split_persona.persona_audit import by_pool
+
     settings, out = config.audit, config.output
     judge = load_judge(settings.judge, config.folder)
     results: dict[str, Any] = {}
@@ -72,9 +85,13 @@ def audited_run(run: Any, launch: Callable[..., Path]) -> None:
                 split=settings.split, renderings=settings.renderings, length=config.data.length,
                 seed=settings.seed, max_new_tokens=settings.max_new_tokens, 
                 temperature=config.rollouts.temperature, tags=config.data.delimiters,
-                version=version,
+                version=version, persona=settings.persona,
             )  # fmt: skip
-            results[name] = write_audit(out / "audit" / name, rows, {"judge": settings.judge, "seed": settings.seed})
+            told = {"judge": settings.judge, "seed": settings.seed}
+            if settings.persona is not None:
+                stale = _stale(config, trained=name != "before", model=model)
+                told["persona"] = by_pool(settings.persona, pool, tokenizer, rows, stale)
+            results[name] = write_audit(out / "audit" / name, rows, told)
             seconds[f"audit {name}"] = time.perf_counter() - start
 
         return hook
@@ -97,14 +114,6 @@ def audited_run(run: Any, launch: Callable[..., Path]) -> None:
     readers = [judge, *(r.fn.judge for r in run.rewards if hasattr(r.fn, "judge"))]
     facts["judged"] = {reader.name: told for reader in readers if (told := _told_by(reader))}
     write_text(out / "run.json", json.dumps(facts, indent=2) + "\n")
-    if "after" in results and settings.persona is not None:
-        write_run_report(out)  # whatever comes of the reviews
-        start = time.perf_counter()
-        results = {name: _review(config, name) for name in results if name in ("before", "after")}
-        seconds["persona"] = time.perf_counter() - start
-        seconds["total"] = time.perf_counter() - began
-        facts["seconds"] |= {name: round(seconds[name], 1) for name in ("persona", "total")}
-        write_text(out / "run.json", json.dumps(facts, indent=2) + "\n")
     if "after" in results:
         print_table(results, f"behaviour on {settings.split} families, mean [95% interval]")
         for name, result in results.items():
@@ -118,51 +127,35 @@ def audited_run(run: Any, launch: Callable[..., Path]) -> None:
 
 def check_persona(config: Any) -> None:
     """That the persona of a run's audits can be put on its policy, without loading weights; raises `UnfeignError`."""
-    from transformers import AutoConfig
-
-    from .lineage import Layer, Lineage, adapter_file, base_facts, sha256
-    from .models import POLICY, adapter_folder, base_location
-    from .split_persona.persona import check_policy, persona_folder, read_facts
+    from .split_persona.persona import persona_folder, read_facts
 
     if config.lora is None:
         raise UnfeignError("a policy that is an adapter, on which a persona can be put", "lora: null", "audit.persona")
-    folder = persona_folder(config.audit.persona)
-    read_facts(folder)
-    if not Path(location := base_location(config.model)).is_dir():
-        return  # a hub model: its config is read when the run starts
-    base = base_facts(config.model, AutoConfig.from_pretrained(location))
+    read_facts(persona_folder(config.audit.persona))
+    for trained in [False] * config.audit.before + [True] * config.audit.after:
+        _stale(config, trained)
+
+
+def _stale(config: Any, trained: bool, model: Any = None) -> bool:
+    """Whether the persona of a run's audits was made for another state of its policy; raises `UnfeignError` where it
+    was made for another policy. Before a `model` is there, a base on the hub is not asked.
+    """
+    from transformers import AutoConfig
+
+    from .lineage import Layer, Lineage, adapter_file, base_facts, fingerprint, sha256
+    from .models import POLICY, adapter_folder, base_location
+    from .split_persona.persona import check_policy, persona_folder
+
+    location = base_location(config.model)
+    if model is None and not Path(location).is_dir():
+        return trained
+    about = AutoConfig.from_pretrained(location) if model is None else model.config
+    base = base_facts(config.model, about, model and fingerprint(model))
     below = [adapter_folder(name) for name in config.adapters]
     layers = [Layer(name=path.name, sha256=sha256(adapter_file(path))) for path in below]
-    learned = Layer(name=POLICY, sha256="")
-    for stack in [layers] * config.audit.before + [[*layers, learned]] * config.audit.after:
-        check_policy(folder, Lineage(base=base, adapters=stack))
-
-
-def _review(config: Any, name: str) -> dict[str, Any]:
-    """The metrics of an audit of a run, with what its persona says of the policy as it was then: of the monitored
-    scenarios, as far as a run's time goes. `unfeign audit --persona` reviews all, beside more baselines.
-    """
-    import gc
-
-    import torch
-
-    from .models import load_base, load_tokenizer, resolve, stack
-    from .split_persona.persona_audit import reviewed
-
-    place = config.output / "audit" / name
-    result = read_json(place / "metrics.json")
-    gc.collect()
-    torch.cuda.empty_cache()  # the trainer's model is gone
-    print(f"persona on audit {name}", flush=True)
-    base, layers = (config.model, list(config.adapters)) if name == "before" else resolve(str(config.output))
-    model, lineage = stack(load_base(base, config.dtype), base, layers)
-    policy = (model, load_tokenizer(base), lineage)
-    rows = read_findings(place)
-    pressed = [i for i, row in enumerate(rows) if row["tier"] == "monitored" and not row["control"]]
-    told, found = reviewed(config.audit.persona, policy, [rows[i] for i in pressed], baselines=False)
-    for i, row in zip(pressed, told, strict=True):
-        rows[i] = row
-    return write_audit(place, rows, result["audit"] | {"persona": found})
+    if trained:
+        layers.append(Layer(name=POLICY, sha256=""))
+    return check_policy(persona_folder(config.audit.persona), Lineage(base=base, adapters=layers))
 
 
 def _told_by(judge: Any) -> dict[str, Any]:

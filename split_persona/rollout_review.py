@@ -1,0 +1,98 @@
+"""Reviews where the policy generates. Sampling has just computed the policy's states of its completion; a `masked`
+persona reads these very states, so its review costs its own tokens and no context is computed again.
+
+The persona travels to the workers with its weights, and stands on their folded copy of the policy for one call.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..errors import UnfeignError
+from ..models import eos_ids
+from ..sampling import Kept, Sample, sample
+from ..shared_prefix import Prefix, branch
+from ..trainers.rollouts import Context, RolloutRequest, Sampling
+from .adapters import lend
+from .persona import Persona, PersonaFacts, read_facts
+from .review import TOGETHER, Review, review_context
+from .sequence import layout
+
+
+@dataclass(frozen=True)
+class RolloutReview:
+    """A persona as it travels: what it is, and its weights."""
+
+    facts: PersonaFacts
+    weights: dict[str, np.ndarray]
+
+    @classmethod
+    def of(cls, folder: Path) -> "RolloutReview":
+        """A saved persona; see `persona.read_facts` for what it raises."""
+        from safetensors.torch import load_file
+
+        tensors = load_file(folder / "adapter_model.safetensors")
+        return cls(read_facts(folder), {name: one.float().numpy() for name, one in tensors.items()})
+
+    @contextmanager
+    def _persona(self, context: Context) -> Iterator[Persona]:
+        """The persona on a worker's model, for as long as the block lasts."""
+        trigger = layout(self.facts.framing, context.tokenizer).trigger
+        if self.facts.trigger_id not in (None, trigger):
+            expected = f"a vocabulary in which {self.facts.framing.trigger!r} is token {self.facts.trigger_id}"
+            raise UnfeignError(expected, f"token {trigger}", "persona")
+        table = context.model.get_input_embeddings()
+        own = table.weight
+        switch = lend(context.model, self.facts.kind, self.facts.lora)
+        try:
+            if (more := trigger + 1 - len(own)) > 0:  # new to the policy: as where the persona was trained
+                table.weight = torch.nn.Parameter(torch.cat([own, own.mean(0).expand(more, -1)]), requires_grad=False)
+            switch.load({name: torch.from_numpy(one.copy()) for name, one in self.weights.items()})
+            yield Persona(context.model, context.tokenizer, None, self.facts, switch=switch)
+        finally:
+            table.weight = own
+            switch.remove()
+
+    def sampled(
+        self, context: Context, call: tuple[Sequence[RolloutRequest], Sampling]
+    ) -> list[tuple[Sample, list[Review]]]:
+        """A task: sample completions, and review each under every intervention."""
+        requests, how = call
+        kept = Kept() if self.facts.mode == "masked" and not self.facts.framing.system_tag else None
+        made = sample(
+            context.model,
+            [r.prompt_ids for r in requests],
+            [r.seed for r in requests],
+            max_new_tokens=how.max_new_tokens,
+            eos_ids=eos_ids(context.model, context.tokenizer),
+            temperature=how.temperature,
+            kept=kept,
+        )
+        ends = eos_ids(context.model, context.tokenizer)
+        ids = [
+            r.prompt_ids + (one.ids if one.truncated or one.ids[-1] not in ends else one.ids[:-1])
+            for r, one in zip(requests, made, strict=True)
+        ]
+        return list(zip(made, self._reviews(context, ids, kept.states() if kept else None), strict=True))
+
+    def known(self, context: Context, transcripts: list[list[int]]) -> list[list[Review]]:
+        """A task: review transcripts, token ids, that somebody else wrote."""
+        return self._reviews(context, transcripts, None)
+
+    @torch.inference_mode()
+    def _reviews(self, context: Context, ids: list[list[int]], states: Prefix | None) -> list[list[Review]]:
+        out: list[list[Review]] = []
+        asked = self.facts.framing.interventions
+        with self._persona(context) as persona:
+            for at in range(0, len(ids), TOGETHER):
+                some = ids[at : at + TOGETHER]
+                here = None
+                if states is not None:
+                    rows = torch.arange(at, at + len(some), device=states.mask.device)
+                    here = branch(states, rows)
+                out += review_context(persona, persona.read(some, here), asked, seed=at * len(asked))
+        return out
