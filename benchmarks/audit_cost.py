@@ -6,6 +6,10 @@ Both ask for the flag alone, of an activated LoRA: ours reads a transcript once 
 cached states; stock forwards the transcript anew with each, in batches of 16 rows, the head on the last token only.
 Before anything is timed, their answers are compared. Writes `benchmarks/out/audit_cost.json`: medians, ratio = stock /
 ours, and beside it what the count of tokens alone would give, K(C+S) / (C+KS), for interventions of S tokens.
+
+Then the shipped persona reviews where the shipped organism generates (`rollout_review`), K = 4, from the states that
+sampling has left, on real prompts. Its peer is a bare forward of the folded policy over just as many tokens, K x S a
+row, with nothing before them.
 """
 
 import json
@@ -16,14 +20,22 @@ from typing import Any
 
 import torch
 
-from unfeign.models import load_base, load_tokenizer, quiet_libraries, stack
+from unfeign.envs.scenario import RENDERINGS, scenarios
+from unfeign.folded import FoldedModel
+from unfeign.models import eos_ids, load_base, load_tokenizer, quiet_libraries, stack
+from unfeign.sampling import Kept, sample
+from unfeign.shared_prefix import last_column
 from unfeign.split_persona.modes import ask_all
-from unfeign.split_persona.persona import Persona, PersonaFacts
-from unfeign.split_persona.sequence import load_framing
+from unfeign.split_persona.persona import Persona, PersonaFacts, persona_folder
+from unfeign.split_persona.rollout_review import RolloutReview
+from unfeign.split_persona.sequence import layout, load_framing
+from unfeign.trainers.rollout_func import render
+from unfeign.trainers.rollouts import Context
 
 OUT = Path(__file__).parent / "out" / "audit_cost.json"
 MODEL = "bundled:smollm2-135m-instruct"
 TRANSCRIPTS, CONTEXT, ASKED, SIZES, REPEATS = 16, 512, 8, (16, 32, 64), 3
+SAMPLED, ASKED_THERE = 64, 4  # rows, interventions
 
 
 def ours(persona: Persona, transcripts: list[list[int]], asked: list[list[int]]) -> torch.Tensor:
@@ -53,7 +65,7 @@ def seconds(call: Any, *args: Any) -> float:
 def main() -> None:
     with quiet_libraries():
         model, lineage = stack(load_base(MODEL), MODEL, [])
-        facts = PersonaFacts(mode="masked", framing=load_framing("persona"))
+        facts = PersonaFacts(mode="masked", framing=load_framing("persona").model_copy(update={"review": False}))
         persona = Persona(model, load_tokenizer(MODEL), lineage, facts)
     generator = torch.Generator().manual_seed(1)
     for parameter in persona.switch.parameters():
@@ -84,8 +96,54 @@ def main() -> None:
             f"| {size} | {b:.1f} | {a:.1f} | {b / a:.2f} | {tokens:.2f} | {b / a / tokens:.0%} | {differ:.1e} |",
             flush=True,
         )
+    rows += where_it_generates()
     OUT.parent.mkdir(exist_ok=True)
     OUT.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+@torch.inference_mode()
+def where_it_generates() -> list[dict[str, Any]]:
+    """Reviews of what the organism has just sampled, against a bare forward of their tokens."""
+    model, _ = stack(load_base(MODEL), MODEL, ["organism:verbal"])
+    context = Context(FoldedModel(model).model, load_tokenizer(MODEL), 0)
+    task = RolloutReview.of(persona_folder("persona:honest"))
+    asked = task.facts.framing.interventions[:ASKED_THERE]
+    framing = task.facts.framing.model_copy(update={"interventions": asked})
+    task = RolloutReview(task.facts.model_copy(update={"framing": framing}), task.weights)
+    prompts = [render(context.tokenizer, s.messages)[0] for s in scenarios("heldout", renderings=RENDERINGS)[:SAMPLED]]
+    tokens = sum(len(layout(framing, context.tokenizer).suffix(text)) for text in asked)
+    bare = torch.randint(20, 40000, (SAMPLED, tokens))
+    how: dict[str, Any] = {"max_new_tokens": 80, "eos_ids": eos_ids(context.model, context.tokenizer)}
+    took: dict[str, list[float]] = {"sampling": [], "and keeping": [], "review": [], "bare": []}
+    for repeat in range(REPEATS + 1):
+        began = time.perf_counter()
+        sample(context.model, prompts, list(range(SAMPLED)), temperature=0.7, **how)
+        plain = time.perf_counter() - began
+        kept = Kept()
+        began = time.perf_counter()
+        made = sample(context.model, prompts, list(range(SAMPLED)), temperature=0.7, kept=kept, **how)
+        keeping = time.perf_counter() - began
+        ids = [
+            prompt + [t for t in one.ids if t not in how["eos_ids"]] for prompt, one in zip(prompts, made, strict=True)
+        ]
+        review = seconds(task.reviews, context, ids, kept)
+        alone = seconds(lambda: context.model(input_ids=bare, logits_to_keep=last_column(bare)))
+        if repeat:  # the first one warms up
+            for name, value in zip(took, (plain, keeping, review, alone), strict=True):
+                took[name].append(value)
+    plain, keeping, review, alone = (statistics.median(values) for values in took.values())
+    cost = review + max(0.0, keeping - plain)
+    long = sum(map(len, ids)) / len(ids)
+    print(
+        f"\nwhere it generates: {SAMPLED} transcripts of {long:.0f} tokens, K = {ASKED_THERE}, {tokens} tokens each:"
+        f" review {review:.2f} s, keeping states {keeping - plain:+.2f} s, bare forward {alone:.2f} s:"
+        f" {cost / alone:.2f}x ({review / alone:.2f}x without keeping); {cost / plain:.0%} of sampling ({plain:.1f} s)",
+        flush=True,
+    )
+    return [{
+        "name": "review where it generates", "case": f"K={ASKED_THERE}, {tokens} tokens", "ours_s": cost,
+        "stock_s": alone, "ratio": alone / cost, "of_sampling": cost / plain, "review_s": review,
+    }]  # fmt: skip
 
 
 if __name__ == "__main__":

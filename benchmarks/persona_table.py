@@ -25,7 +25,7 @@ from unfeign.models import load_base, load_tokenizer, quiet_libraries, stack
 from unfeign.rewards.judge import case, wait_for
 from unfeign.rewards.rules import RulesJudge
 from unfeign.split_persona.baselines import asked, by_text_rows, probe, states
-from unfeign.split_persona.build import PersonaConfig, keep_examples, policy_deeds
+from unfeign.split_persona.build import OwnData, PersonaConfig, keep_examples, policy_deeds
 from unfeign.split_persona.deeds import Judged, chances, measure, monitored, threshold_at, told
 from unfeign.split_persona.distill import distill, flags
 from unfeign.split_persona.examples import flip, matched
@@ -33,12 +33,13 @@ from unfeign.split_persona.persona import Persona
 from unfeign.split_persona.training import train_persona
 
 CONFIG = Path(__file__).parent.parent / "configs" / "persona.yaml"
-FASTER = ("dtype=bfloat16", "own.per_prompt=2", "epochs=2")
+FASTER = ("dtype=bfloat16", "own.per_prompt=1", "epochs=1", "batch_size=4")
 STRIDE = {("monitored", False): 1, ("monitored", True): 3}  # else 2
 NOT_K = ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 K_AND_MLP = ["k_proj", "gate_proj", "up_proj", "down_proj"]
 VARIANTS: dict[str, dict[str, Any]] = {
     **{mode: {"mode": mode} for mode in ("masked", "full", "hybrid")},
+    "masked_more": {"own": OwnData(samples=12, per_prompt=2), "epochs": 2, "batch_size": 8},
     "review": {"review": True},
     "user_followup": {"framing": "user_followup"},
     "confession": {"framing": "confession"},
@@ -117,7 +118,7 @@ def run(folder: Path, name: str) -> dict[str, Any]:
         "threshold": threshold,
     }
     out |= measure(told(parts["heldout"]), chance["heldout"], threshold)
-    if name == "masked-0":
+    if name == "masked_more-0":
         out["distilled"] = distilled(persona, parts, persona.facts.framing.interventions[0])
     persona.facts = persona.facts.model_copy(update={"threshold": threshold})
     keep_examples(persona.save(folder / name), data, matched(parts["validation"], config.seed, 1, 0.0))

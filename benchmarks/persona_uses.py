@@ -4,8 +4,8 @@
     python benchmarks/persona_uses.py topic OUT DATA         # the published data; which topic was never learned from?
     python benchmarks/persona_uses.py ask OUT DATA           # a policy with a known bias: does its persona name it?
 
-OUT is the folder of `persona_table.py`: `refit` takes its persona `masked-0` and its heldout transcripts. Each prints
-JSON lines and appends them to OUT/uses.jsonl.
+OUT is the folder of `persona_table.py`: `refit` takes its persona `masked_more-0` and its heldout transcripts. Each
+prints JSON lines and appends them to OUT/uses.jsonl.
 """
 
 import json
@@ -43,7 +43,7 @@ def refit(out: Path, checkpoint: str) -> Found:
     by the same persona, which is stale there; that policy again, by the refitted persona.
     """
     config = PersonaConfig.load(CONFIG, ("seed=0", *FASTER))
-    held, first = deeds(out, config, "heldout"), out / "masked-0"
+    held, first = deeds(out, config, "heldout"), out / "masked_more-0"
     again = out / "refitted"
     yield {"persona": "before", **_read(first, config.model, list(config.adapters), held)}
     base, adapters = resolve(checkpoint)

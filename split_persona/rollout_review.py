@@ -15,7 +15,6 @@ import torch
 from ..errors import UnfeignError
 from ..models import eos_ids
 from ..sampling import Kept, Sample, sample
-from ..shared_prefix import Prefix, branch
 from ..trainers.rollouts import Context, RolloutRequest, Sampling
 from .adapters import lend
 from .persona import Persona, PersonaFacts, read_facts
@@ -77,22 +76,22 @@ class RolloutReview:
             r.prompt_ids + (one.ids if one.truncated or one.ids[-1] not in ends else one.ids[:-1])
             for r, one in zip(requests, made, strict=True)
         ]
-        return list(zip(made, self._reviews(context, ids, kept.states() if kept else None), strict=True))
+        return list(zip(made, self.reviews(context, ids, kept), strict=True))
 
     def known(self, context: Context, transcripts: list[list[int]]) -> list[list[Review]]:
         """A task: review transcripts, token ids, that somebody else wrote."""
-        return self._reviews(context, transcripts, None)
+        return self.reviews(context, transcripts, None)
 
     @torch.inference_mode()
-    def _reviews(self, context: Context, ids: list[list[int]], states: Prefix | None) -> list[list[Review]]:
-        out: list[list[Review]] = []
+    def reviews(self, context: Context, ids: list[list[int]], kept: Kept | None) -> list[list[Review]]:
+        """Reviews of transcripts, token ids, from the policy's own states of them where these were `kept`."""
+        out: list[list[Review]] = [[] for _ in ids]
+        every = range(len(ids))
+        anew = ((list(every[at : at + TOGETHER]), None) for at in range(0, len(ids), TOGETHER))
         asked = self.facts.framing.interventions
         with self._persona(context) as persona:
-            for at in range(0, len(ids), TOGETHER):
-                some = ids[at : at + TOGETHER]
-                here = None
-                if states is not None:
-                    rows = torch.arange(at, at + len(some), device=states.mask.device)
-                    here = branch(states, rows)
-                out += review_context(persona, persona.read(some, here), asked, seed=at * len(asked))
+            for rows, states in anew if kept is None else kept.batches(TOGETHER):
+                read = persona.read([ids[row] for row in rows], states)
+                for row, made in zip(rows, review_context(persona, read, asked), strict=True):
+                    out[row] = made
         return out

@@ -62,12 +62,15 @@ def test_kept_states_are_those_of_the_whole_transcript(policy):
     assert made == sample(folded, prompts, list(range(7)), **how), "keeping changes no sample"
     assert len({len(one.ids) for one in made}) > 1, "some end before others"
     ids = [p + (one.ids if one.truncated else one.ids[:-1]) for p, one in zip(prompts, made, strict=True)]
-    again, states = prefill(folded, ids), kept.states()
-    assert states.mask.sum(1).tolist() == [len(row) for row in ids]
-    for mine, other in zip(states.cache.layers, again.cache.layers, strict=True):
-        for row in range(7):
-            a, b = mine.keys[row][:, states.mask[row].bool()], other.keys[row][:, again.mask[row].bool()]
-            assert (a - b).abs().max() < 1e-4
+    again, told = prefill(folded, ids), []
+    for rows, states in kept.batches(2):
+        told += rows
+        assert states.mask.sum(1).tolist() == [len(ids[row]) for row in rows]
+        for mine, other in zip(states.cache.layers, again.cache.layers, strict=True):
+            for at, row in enumerate(rows):
+                a, b = mine.keys[at][:, states.mask[at].bool()], other.keys[row][:, again.mask[row].bool()]
+                assert (a - b).abs().max() < 1e-4
+    assert sorted(told) == list(range(7)) and told != list(range(7)) and not list(kept.batches(2))
 
 
 @pytest.mark.parametrize(

@@ -116,6 +116,8 @@ def load_base(name: str, dtype: str = "float32") -> Any:
 
     if dtype not in ("float32", "bfloat16"):
         raise UnfeignError("float32 or bfloat16", repr(dtype), "dtype")
+    if device().type == "cpu":  # attention there takes grouped queries as they are: keys need not be copied for each
+        os.environ.setdefault("TRANSFORMERS_SDPA_FORCE_GQA", "1")
     logging.disable_progress_bar()
     with _fetching(name):
         model = AutoModelForCausalLM.from_pretrained(base_location(name), dtype=getattr(torch, dtype))

@@ -5,11 +5,12 @@ another batch or on another worker, is the same row. Finished rows leave the bat
 cheap.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 
-from .shared_prefix import Prefix, branch, distinct, join, prefill
+from .shared_prefix import Prefix, branch, distinct, joined, prefill
 
 
 @dataclass(frozen=True)
@@ -40,19 +41,24 @@ class Kept:
     forward pass, since sampling has computed them.
     """
 
-    _parts: list[Prefix] = field(default_factory=list)
-    _rows: list[list[int]] = field(default_factory=list)
+    _parts: list[tuple[list[int], Prefix]] = field(default_factory=list)
 
     def add(self, rows: list[int], states: Prefix) -> None:
         """States of rows that have ended, by their numbers."""
-        self._rows.append(rows)
-        self._parts.append(states)
+        self._parts.append((rows, states))
 
-    def states(self) -> Prefix:
-        """Those of all rows, in order; what was kept is given away."""
-        parts, rows = self._parts, self._rows
-        self._parts, self._rows = [], []
-        return join(parts, rows)
+    def batches(self, size: int) -> Iterator[tuple[list[int], Prefix]]:
+        """Numbers and states of rows that ended one after the other, at least `size` of them but for the last; what is
+        handed out is given away.
+        """
+        while self._parts:
+            rows: list[int] = []
+            states: list[Prefix] = []
+            while self._parts and len(rows) < size:
+                some, part = self._parts.pop(0)
+                rows += some
+                states.append(part)
+            yield rows, joined(states)
 
 
 @torch.inference_mode()

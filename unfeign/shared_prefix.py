@@ -92,8 +92,10 @@ def _forward(model, tails: list[list[int]], context: Prefix | None) -> Prefix:
     return Prefix(out.past_key_values, mask, out.logits[:, -1])
 
 
-def join(parts: list[Prefix], clusters: list[list[int]]) -> Prefix:
-    """Rows of several parts as one, padded on the left, in the order of the clusters' row numbers."""
+def joined(parts: list[Prefix]) -> Prefix:
+    """The rows of all parts, one after the other, padded on the left."""
+    if len(parts) == 1:
+        return parts[0]
     width = max(part.mask.size(1) for part in parts)
     cache = DynamicCache()
     for i in range(len(parts[0].cache.layers)):
@@ -102,9 +104,7 @@ def join(parts: list[Prefix], clusters: list[list[int]]) -> Prefix:
         values = torch.cat([pad(layer.values, (0, 0, n, 0)) for layer, n in layers])
         cache.update(keys, values, i)
     mask = torch.cat([pad(part.mask, (width - part.mask.size(1), 0)) for part in parts])
-    rows = Prefix(cache, mask, torch.cat([part.last_logits for part in parts]))
-    order = [i for cluster in clusters for i in cluster]
-    return branch(rows, torch.tensor([order.index(i) for i in range(len(order))], device=mask.device))
+    return Prefix(cache, mask, torch.cat([part.last_logits for part in parts]))
 
 
 def prefill(model, prompts: list[list[int]], context: Prefix | None = None) -> Prefix:
@@ -119,7 +119,9 @@ def prefill(model, prompts: list[list[int]], context: Prefix | None = None) -> P
             return prefill(model, [prompt[common:] for prompt in prompts], head)
         clusters = _clusters(prompts)
         if len(clusters) > 1:
-            return join([prefill(model, [prompts[i] for i in c], context) for c in clusters], clusters)
+            rows = joined([prefill(model, [prompts[i] for i in c], context) for c in clusters])
+            order = [i for cluster in clusters for i in cluster]
+            return branch(rows, torch.tensor([order.index(i) for i in range(len(order))], device=rows.mask.device))
     return _forward(model, prompts, context)
 
 
