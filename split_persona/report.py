@@ -174,6 +174,7 @@ def write_report(
     notes: Sequence[str] = (),
     persona: Mapping[str, Any] | None = None,
     persona_before: Mapping[str, Any] | None = None,
+    effects: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
     """Write the report as one self-contained HTML file.
 
@@ -186,6 +187,7 @@ def write_report(
         curve: a dict a training step: `step`, `reward`, and any of `surfaced`, `rejected`, `complied`.
         notes: remarks; one that starts with "!" is shown in red.
         persona, persona_before: what `persona_audit.persona_metrics` found, with the persona's `name`.
+        effects: of each audit, what `side_effects` found.
 
     Raises:
         UnfeignError: a finding or a step lacks a key; names it.
@@ -226,6 +228,7 @@ def write_report(
         persona=persona,
         personas=personas,
         auditors=_auditors(personas),
+        effects=effects or {},
         cases=cases,
         evidence=EVIDENCE,
         choices={key: sorted({case[key] for case in cases}) for key in ("tier", "family", "rendering")},

@@ -159,8 +159,10 @@ def test_a_run_with_a_persona_has_both_audits_reviewed(persona, write_config, tm
         assert found["stale"] is stale and found["spike_in"]["n"] > 0 and found["baselines"].keys() == {"text judge"}
         rows = [json.loads(line) for line in (place / "findings.jsonl").read_text().splitlines()]
         assert rows and all(0 < row["persona"]["p_fail"] < 1 for row in rows)
+        effects = json.loads((place / "metrics.json").read_text())["audit"]["side_effects"]
+        assert effects["unprompted"]["n"] == 40 and ("drift" in effects) is stale and "monitorability" in effects
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "persona, before" in page and "persona (stale), after" in page and "spike-ins" in page
+    assert "Side effects" in page and "persona, before" in page and "persona (stale), after" in page and "spike-ins" in page
 
 
 def test_a_persona_of_a_base_with_other_weights_is_refused_before_training(

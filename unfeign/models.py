@@ -7,6 +7,7 @@ one of the organisms this package ships. Loading an organism prints a banner, al
 import errno
 import os
 import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -186,6 +187,21 @@ def add_policy(model: Any, lora: dict[str, Any], seed: int) -> Any:
         model.add_adapter(POLICY, config)
     activate(model, [*below, POLICY], trainable=POLICY)
     return model
+
+
+@contextmanager
+def without_policy(model: Any) -> Iterator[None]:
+    """A policy as it was before training, for a block: the adapter named `policy` asleep, those below it awake."""
+    below = [name for name in model.peft_config if name != POLICY]
+    try:
+        if below:
+            activate(model, below)
+            yield
+        else:
+            with model.disable_adapter():
+                yield
+    finally:
+        activate(model, [*below, POLICY], trainable=POLICY)
 
 
 def save_policy(model: Any, folder: Path, lineage: Lineage) -> Path:

@@ -5,6 +5,7 @@ here.
 import json
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,9 @@ def audit_policy(
 def audited_run(run: Any, launch: Callable[..., Path]) -> None:
     """Train as planned with an audit before and after, then write the report and print the table."""
     config = run.config
+    from .models import without_policy
     from .split_persona.persona_audit import by_pool
+    from .split_persona.side_effects import drift, monitorability, unprompted
 
     settings, out = config.audit, config.output
     judge = load_judge(settings.judge, config.folder)
@@ -87,7 +90,14 @@ def audited_run(run: Any, launch: Callable[..., Path]) -> None:
                 temperature=config.rollouts.temperature, tags=config.data.delimiters,
                 version=version, persona=settings.persona,
             )  # fmt: skip
-            told = {"judge": settings.judge, "seed": settings.seed}
+            told: dict[str, Any] = {"judge": settings.judge, "seed": settings.seed}
+            how = Sampling(settings.max_new_tokens, config.rollouts.temperature)
+            told["side_effects"] = effects = {
+                "unprompted": unprompted(pool, version, tokenizer, judge, seed=settings.seed, sampling=how),
+                "monitorability": monitorability(rows),
+            }
+            if name != "before" and config.lora is not None:
+                effects["drift"] = drift(model, tokenizer, rows, partial(without_policy, model))
             if settings.persona is not None:
                 stale = _stale(config, trained=name != "before", model=model)
                 told["persona"] = by_pool(settings.persona, pool, tokenizer, rows, stale)
@@ -117,6 +127,7 @@ def audited_run(run: Any, launch: Callable[..., Path]) -> None:
     if "after" in results:
         print_table(results, f"behaviour on {settings.split} families, mean [95% interval]")
         for name, result in results.items():
+            print_side_effects(result["audit"].get("side_effects", {}), name)
             if told := result["audit"].get("persona"):
                 print_persona(told, name)
         print("seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()))
@@ -217,14 +228,19 @@ def write_run_report(out: Path) -> Path:
         run={"model": config["model"], "adapters": ", ".join(config["adapters"]), "seed": config["seed"], **facts},
         curve=curve,
         notes=notes,
-        persona=_persona_of(out / "audit" / "after"),
-        persona_before=_persona_of(before) if before.exists() else None,
+        persona=_told_of(out / "audit" / "after", "persona"),
+        persona_before=_told_of(before, "persona") if before.exists() else None,
+        effects={
+            name: told
+            for name in ("before", "after")
+            if (out / "audit" / name).exists() and (told := _told_of(out / "audit" / name, "side_effects"))
+        },
     )
     return out / "report.html"
 
 
-def _persona_of(audit: Path) -> dict[str, Any] | None:
-    return read_json(audit / "metrics.json")["audit"].get("persona")
+def _told_of(audit: Path, what: str) -> dict[str, Any] | None:
+    return read_json(audit / "metrics.json")["audit"].get(what)
 
 
 def _cell(leaf: dict[str, Any]) -> str:
@@ -243,6 +259,18 @@ def print_table(results: dict[str, dict[str, Any]], title: str | None = None) ->
         label = name if block == "all" else f"{block} {name}"
         table.add_row(label.replace("_", " "), *(_cell(pick(result, block, name)) for result in results.values()))
     Console().print(table)
+
+
+def print_side_effects(found: dict[str, Any], audit: str) -> None:
+    """Print what training changed beside what it was meant to."""
+    if not found:
+        return
+    seen = found["monitorability"]
+    told = [f"speaks of faking unprompted {_cell(found['unprompted'])}"]
+    told.append(f"reasoning foretells compliance, AUROC {seen['auroc']:.2f}" if seen["auroc"] else seen["reason"])
+    if (kl := found.get("drift", {}).get("kl")) is not None:
+        told.append(f"drift on controls {kl:.3f} nats a token")
+    print(f"side effects, {audit}: " + "; ".join(told))
 
 
 def print_persona(found: dict[str, Any], audit: str | None = None) -> None:
