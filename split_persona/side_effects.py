@@ -24,6 +24,7 @@ from .deeds import measure, told_rows
 from .metrics import Leaf, leaf
 
 TOGETHER = 8  # controls forwarded at once
+CONTROLS = 24  # most that drift is measured on: thousands of tokens, each with a whole distribution
 
 
 def unrelated() -> list[str]:
@@ -66,7 +67,7 @@ def drift(
 
     Args:
         model: the policy as it is.
-        rows: its findings; controls are taken.
+        rows: its findings; controls are taken, at most `CONTROLS` of them, evenly.
         before: makes a block in which `model` is the policy that it was.
 
     Returns:
@@ -74,6 +75,7 @@ def drift(
     """
     total, tokens = 0.0, 0
     controls = [row for row in rows if row["control"] and row.get("completion")]
+    controls = controls[:: -(-len(controls) // CONTROLS) or 1]
     for at in range(0, len(controls), TOGETHER):
         some = controls[at : at + TOGETHER]
         prompts = [

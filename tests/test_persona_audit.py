@@ -162,7 +162,8 @@ def test_a_run_with_a_persona_has_both_audits_reviewed(persona, write_config, tm
         effects = json.loads((place / "metrics.json").read_text())["audit"]["side_effects"]
         assert effects["unprompted"]["n"] == 40 and ("drift" in effects) is stale and "monitorability" in effects
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "Side effects" in page and "persona, before" in page and "persona (stale), after" in page and "spike-ins" in page
+    assert "Side effects" in page and "spike-ins" in page
+    assert "persona, before" in page and "persona (stale), after" in page
 
 
 def test_a_persona_of_a_base_with_other_weights_is_refused_before_training(
