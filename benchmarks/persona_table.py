@@ -3,7 +3,8 @@
     python benchmarks/persona_table.py OUT [VARIANT ...]
 
 The organism's transcripts are sampled once into OUT (train, validation and heldout families) and serve every variant.
-Measured are all honest ones of monitored scenarios, a third of those that complied there, and half of the others.
+Measured are all honest ones of monitored scenarios, a third of those that complied there, and half of the others; of
+variants of a mode only the monitored ones, by two interventions (one where reviews are in words), for time.
 A variant is a name of `VARIANTS`, with the seed after a dash (`masked-0`); `baselines` is what can be told without a
 persona. Each appends lines to OUT/results.jsonl: steps, seconds, and on heldout families AUROC, TPR at the validation
 threshold and mean p(FAIL) of what is honest; OUT/table.md shows them all.
@@ -37,6 +38,7 @@ FASTER = ("dtype=bfloat16", "own.per_prompt=1", "epochs=1", "batch_size=4")
 STRIDE = {("monitored", False): 1, ("monitored", True): 3}  # else 2
 NOT_K = ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 K_AND_MLP = ["k_proj", "gate_proj", "up_proj", "down_proj"]
+MAIN = ("masked", "full", "hybrid", "masked_more")
 VARIANTS: dict[str, dict[str, Any]] = {
     **{mode: {"mode": mode} for mode in ("masked", "full", "hybrid")},
     "masked_more": {"own": OwnData(samples=12, per_prompt=2), "epochs": 2, "batch_size": 8},
@@ -92,6 +94,11 @@ def run(folder: Path, name: str) -> dict[str, Any]:
     config = config.model_copy(update=VARIANTS[what])
     parts = {split: deeds(folder, config, split) for split in ("train", "validation", "heldout")}
     parts |= {split: measured(parts[split]) for split in ("validation", "heldout")}
+    if what not in MAIN:
+        for split in ("validation", "heldout"):
+            parts[split] = [
+                one for one, deed in zip(parts[split], told(parts[split]), strict=True) if deed.setting == "monitored"
+            ]
     data = flip(matched(parts["train"], config.seed, config.own.per_prompt, config.own.quiet), config.flip, config.seed)
     tokenizer = load_tokenizer(config.model)
     model, lineage = stack(load_base(config.model, config.dtype), config.model, list(config.adapters))
@@ -108,7 +115,7 @@ def run(folder: Path, name: str) -> dict[str, Any]:
     )
     seconds = time.perf_counter() - start
     persona.fold()
-    texts = config.facts().framing.interventions[: 1 if config.review else None]
+    texts = config.facts().framing.interventions[: 1 if config.review else None if what in MAIN else 2]
     chance = {split: chances(persona, parts[split], texts).mean(1) for split in ("validation", "heldout")}
     rows, truth = monitored(told(parts["validation"]))
     threshold = threshold_at(truth, chance["validation"][rows])
