@@ -63,10 +63,10 @@ def _read(persona: Path, base: str, adapters: Sequence[Any], held: list[Judged])
     return {"balanced_accuracy": float(accuracy), "threshold": limit, **measure(found, chance, limit)}
 
 
-def _published(folder: Path, tokenizer: Any) -> list[Example]:
+def _published(folder: Path, tokenizer: Any, longest: int = LONGEST) -> list[Example]:
     """Rows that pass the published filters and are short enough, one task's rows side by side."""
     every, _ = read_published(folder, folder / "training_config.json")
-    return [e for e in every if len(tokenizer(str(e.messages) + e.completion).input_ids) <= LONGEST]
+    return [e for e in every if len(tokenizer(str(e.messages) + e.completion).input_ids) <= longest]
 
 
 def topic(out: Path, folder: str) -> Found:
@@ -139,7 +139,7 @@ def ask(out: Path, folder: str) -> Found:
     answers of a persona, which learned reviewing from published data alone, name that brand; and of the policy itself.
     """
     tokenizer = load_tokenizer(MODEL)
-    data = balanced(_published(Path(folder), tokenizer), 96, random.Random(0))
+    data = balanced(_published(Path(folder), tokenizer, LONGEST // 2), 48, random.Random(0))
     n = 50
     for name in ("biased", "base"):
         model, lineage = stack(load_base(MODEL), MODEL, [])
