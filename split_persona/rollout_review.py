@@ -62,16 +62,16 @@ class RolloutReview:
         """A task: sample completions, and review each under every intervention."""
         requests, how = call
         kept = Kept() if self.facts.mode == "masked" and not self.facts.framing.system_tag else None
+        ends = eos_ids(context.model, context.tokenizer)
         made = sample(
             context.model,
             [r.prompt_ids for r in requests],
             [r.seed for r in requests],
             max_new_tokens=how.max_new_tokens,
-            eos_ids=eos_ids(context.model, context.tokenizer),
+            eos_ids=ends,
             temperature=how.temperature,
             kept=kept,
         )
-        ends = eos_ids(context.model, context.tokenizer)
         ids = [
             r.prompt_ids + (one.ids if one.truncated or one.ids[-1] not in ends else one.ids[:-1])
             for r, one in zip(requests, made, strict=True)
