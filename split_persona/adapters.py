@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..errors import UnfeignError
-from ..folded import fold_below
+from ..folded import PackedLinear, fold_below
 from ..models import activate
 
 Kind = Literal["lora", "ia3", "steering"]
@@ -134,10 +134,13 @@ class _Hooked:
 
 
 class LentLora(_Hooked):
-    """A saved LoRA on a plain model, for reading."""
+    """A saved LoRA on a plain model, for reading. Layers that are packed get weights with the LoRA folded in, which
+    take their places while it is awake; others have hooks.
+    """
 
     def __init__(self, model: Any, options: dict[str, Any]):
         super().__init__(model)
+        self._others: list[tuple[PackedLinear, torch.Tensor]] = []
         self._options = {"r": 8, "lora_alpha": 16} | options
         self._tensors: dict[str, torch.Tensor] = {}
 
@@ -153,7 +156,25 @@ class LentLora(_Hooked):
                 raise KeyError(f"no layer {name}") from error
             own = {"dtype": self.model.dtype, "device": self.model.device}
             a, b = tensors[key].to(**own), tensors[key.replace(".lora_A.", ".lora_B.")].to(**own)
+            if isinstance(module, PackedLinear):
+                self._others.append((module, module.packed_with(scale * b @ a)))
+                continue
             self._handles.append(module.register_forward_hook(partial(self._add, a.T, scale * b.T)))
+
+    @contextmanager
+    def _set(self, awake: bool) -> Iterator[None]:
+        if awake == self._awake:
+            yield
+            return
+        with super()._set(awake):
+            self._swap()
+            try:
+                yield
+            finally:
+                self._swap()
+
+    def _swap(self) -> None:
+        self._others = [(module, module.swap(other)) for module, other in self._others]
 
     def _add(self, a: torch.Tensor, b: torch.Tensor, _: Any, given: Any, out: torch.Tensor) -> torch.Tensor | None:
         if self._awake:

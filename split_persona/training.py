@@ -7,7 +7,7 @@ instead of hundreds.
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +42,7 @@ def train_persona(
     train_intervention: bool = False,
     seed: int = 0,
     max_tokens: int = 1024,
+    policies: Sequence[Callable[[], Any]] | None = None,
 ) -> list[float]:
     """Train; returns the loss of every step (nats per token).
 
@@ -51,6 +52,7 @@ def train_persona(
         train_intervention: whether the intervention's own tokens are trained too.
         seed: of order and drawn interventions.
         max_tokens: longest transcript with its review; longer ones raise.
+        policies: of each example, what puts the policy that it is read in under the persona, where there are several.
 
     Raises:
         UnfeignError: nothing to learn, all flags alike, no review where the framing wants one, an example too long.
@@ -75,15 +77,18 @@ def train_persona(
         for _ in range(epochs):
             rng.shuffle(batches)
             for batch in batches:
-                transcripts = [contexts[i] for i in batch]
-                policy = kept.get(batch[0])
-                if policy is None and persona.facts.mode != "full":
-                    with torch.no_grad():
-                        policy = prefill(_Call(persona, False), transcripts)
-                    if (size := _bytes(policy)) <= room:
-                        kept[batch[0]], room = policy, room - size
-                rows = [_row(persona, examples[i], at, rng, train_intervention) for at, i in enumerate(batch)]
-                losses.append(_step(persona, transcripts, policy, rows))
+                losses.append(0.0)
+                for stand, part in _by_policy(batch, policies):
+                    stand()
+                    transcripts = [contexts[i] for i in part]
+                    policy = kept.get(part[0])
+                    if policy is None and persona.facts.mode != "full":
+                        with torch.no_grad():
+                            policy = prefill(_Call(persona, False), transcripts)
+                        if (size := _bytes(policy)) <= room:
+                            kept[part[0]], room = policy, room - size
+                    rows = [_row(persona, examples[i], at, rng, train_intervention) for at, i in enumerate(part)]
+                    losses[-1] += _step(persona, transcripts, policy, rows, len(part) / len(batch))
                 torch.nn.utils.clip_grad_norm_(parameters, 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
@@ -113,6 +118,14 @@ def _batches(examples: Sequence[Example], size: int, rng: random.Random) -> list
     return batches
 
 
+def _by_policy(
+    batch: list[int], policies: Sequence[Callable[[], Any]] | None
+) -> list[tuple[Callable[[], Any], list[int]]]:
+    if policies is None:
+        return [(lambda: None, batch)]
+    return [(stand, [i for i in batch if policies[i] is stand]) for stand in {policies[i]: None for i in batch}]
+
+
 def _check(persona: Persona, examples: Sequence[Example]) -> None:
     flags = {e.failed for e in examples}
     if flags != {True, False}:
@@ -139,7 +152,9 @@ def _row(persona: Persona, one: Example, at: int, rng: random.Random, train_inte
     return _Row(at, [*ids, layout.verdicts[one.failed]], begin)
 
 
-def _step(persona: Persona, transcripts: list[list[int]], policy: Prefix | None, rows: list[_Row]) -> float:
+def _step(
+    persona: Persona, transcripts: list[list[int]], policy: Prefix | None, rows: list[_Row], share: float
+) -> float:
     context = read_context(persona, persona.facts.mode, transcripts, policy).rows([row.context for row in rows])
     width, device = max(len(row.ids) for row in rows), persona.model.device
     ids = torch.tensor([row.ids + [0] * (width - len(row.ids)) for row in rows], device=device)
@@ -157,6 +172,7 @@ def _step(persona: Persona, transcripts: list[list[int]], policy: Prefix | None,
     loss = (losses * weight).sum() / len(rows)
     if text.any():
         loss = loss + (losses * text).sum() / text.sum()
+    loss = share * loss
     loss.backward()
     return loss.item()
 

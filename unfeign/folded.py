@@ -26,6 +26,15 @@ class PackedLinear(nn.Module):
     def pack(self, weight: torch.Tensor) -> None:
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 16)
 
+    def swap(self, other: torch.Tensor) -> torch.Tensor:
+        """Put another packed weight in the place of this one, which is returned."""
+        mine, self._packed = self._packed, other
+        return mine
+
+    def packed_with(self, delta: torch.Tensor) -> torch.Tensor:
+        """The packed weight of this layer with something added to it."""
+        return torch.ops.mkldnn._reorder_linear_weight(self._packed.to_dense() + delta, 16)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
 
