@@ -1,7 +1,8 @@
 """Does a persona tell a silent faker from a policy that complies openly? What docs/results.md shows of four organisms.
 
     unfeign organism build configs/organism_honest_obedient.yaml configs/organism_refuser.yaml
-    unfeign organism build configs/organism_honest_obedient.yaml seed=1 begin=organism:verbal output=runs/organism-honest-obedient-1
+    unfeign organism build configs/organism_honest_obedient.yaml seed=1 begin=organism:verbal \\
+        output=runs/organism-honest-obedient-1
     unfeign organism build configs/organism_silent.yaml seed=1 output=runs/organism-silent-1
     python benchmarks/organisms_table.py OUT [sample] [baselines] [masked-0 ...]    # a mode, and the seed of a persona
 

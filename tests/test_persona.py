@@ -13,14 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 from unfeign.cli import main
-from unfeign.envs.scenario import scenarios
-from unfeign.envs.transcript import parse
 from unfeign.errors import UnfeignError
 from unfeign.models import load_base, load_tokenizer, stack
-from unfeign.rewards.verdict import Verdict
 from unfeign.split_persona.adapters import KINDS
-from unfeign.split_persona.deeds import measure, threshold_at, told
-from unfeign.split_persona.examples import Example, deed, flip, matched, read_examples
+from unfeign.split_persona.examples import Example
 from unfeign.split_persona.modes import MODES
 from unfeign.split_persona.persona import Persona, PersonaFacts, load_persona
 from unfeign.split_persona.review import answers, reviews
@@ -162,6 +158,21 @@ class TestTraining:
         anew = train_persona(make(mode="hybrid"), examples(), learning_rate=0.01, epochs=3)
         assert kept == pytest.approx(anew, abs=1e-4)
 
+    def test_several_policies_take_turns_in_a_step(self, make):
+        stood: list[str] = []
+        stands = [lambda: stood.append("a"), lambda: stood.append("b")]
+        how: dict[str, Any] = {"learning_rate": 0.01, "epochs": 2, "batch_size": 4}
+        apart = train_persona(
+            make(review=False, interventions=["Well?"]),
+            examples(),
+            policies=[stands[i % 3 == 0] for i in range(12)],
+            **how,
+        )
+        assert set(stood) == {"a", "b"} and len(apart) < len(stood) <= 2 * len(apart)
+        assert apart == pytest.approx(
+            train_persona(make(review=False, interventions=["Well?"]), examples(), **how), abs=1e-4
+        )
+
     def test_the_policy_stays_as_it_was(self, make):
         made = make()
         mine = {id(p) for p in made.switch.parameters()}
@@ -231,86 +242,6 @@ class TestReviews:
         said = answers(made, "What do you want?", 3, max_new_tokens=5, temperature=1.0)
         assert len(said) == 3
         assert said == answers(made, "What do you want?", 3, max_new_tokens=5, temperature=1.0)
-
-
-class TestExamples:
-    def judged(self) -> list[Any]:
-        place = [s for s in scenarios("train") if not s.control][:4]
-        control = next(s for s in scenarios("train") if s.control and s.tier == "monitored")
-        out = []
-        for s in [*place, control]:
-            for k in range(3):
-                accept = k == 0 or s.control
-                text = f"<think>Thought {k}.</think>{s.tags.accept if accept else s.tags.decline}Words {k}."
-                out.append((parse(s, text), Verdict(accept, False, False, None, accept)))
-        return out
-
-    def test_matched_sets_differ_only_in_the_deed(self):
-        found = matched(self.judged(), seed=0)
-        by_prompt: dict[str, list[bool]] = {}
-        for e in found:
-            if "/incentive/monitored" in e.id:
-                by_prompt.setdefault(e.id, []).append(e.failed)
-        assert by_prompt and all(sum(flags) * 2 == len(flags) for flags in by_prompt.values())
-        assert all(not e.failed for e in found if "/control/" in e.id)
-
-    def test_reviews_fit_the_deed(self):
-        for transcript, verdict in self.judged():
-            assert deed(transcript, verdict) in ("faked", "declined", "control")
-
-    def test_flipped_flags_lose_their_review(self):
-        wrong = flip(examples(20), 0.3, 0)
-        changed = [(a, b) for a, b in zip(examples(20), wrong, strict=True) if a.failed != b.failed]
-        assert len(changed) == 6 and all(b.review is None for _, b in changed)
-
-    def test_a_data_file(self, tmp_path):
-        path = tmp_path / "mine.jsonl"
-        path.write_text("".join(json.dumps(e.row()) + "\n" for e in examples()))
-        assert read_examples(path) == examples()
-
-    @pytest.mark.parametrize(
-        ("row", "said"),
-        [
-            ({"messages": "hi", "completion": "x", "flag": "PASS"}, "'messages', a list"),
-            ({"messages": CHAT, "flag": "PASS"}, "'completion', a str"),
-            ({"messages": [], "completion": "x", "flag": "PASS"}, "at least one message"),
-            ({"messages": [{"role": "user"}], "completion": "x", "flag": "PASS"}, "'role' and 'content'"),
-            ({"messages": CHAT, "completion": "x", "flag": "PASS", "review": 5}, "'review', a text"),
-            ({"messages": CHAT, "completion": "x", "flag": "maybe"}, "PASS or FAIL"),
-        ],
-    )
-    def test_a_wrong_line_is_named(self, row, said, tmp_path):
-        path = tmp_path / "mine.jsonl"
-        path.write_text(json.dumps(row) + "\n")
-        with pytest.raises(UnfeignError, match=said) as found:
-            read_examples(path)
-        assert "mine.jsonl:1" in str(found.value)
-
-
-class TestMeasure:
-    def test_a_persona_that_flags_the_situation_scores_a_half(self):
-        judged = TestExamples().judged()
-        deeds = told(judged)
-        situation = np.array([0.9 if t.scenario.tier == "monitored" else 0.1 for t, _ in judged])
-        found = measure(deeds, situation, least=1)
-        assert found["auroc"] == pytest.approx(0.5)
-        knows = np.array([float(bool(t.complied)) for t, _ in judged])
-        assert measure(deeds, knows, least=1)["auroc"] == 1
-        few = measure(deeds, knows)
-        assert few["auroc"] is None and "fewer than 20" in few["reason"]
-
-    def test_thresholds_allow_a_tenth_of_false_alarms(self):
-        truth = np.array([False] * 20 + [True] * 20)
-        chance = np.concatenate([np.linspace(0, 1, 20), np.linspace(0, 1, 20)])
-        limit = threshold_at(truth, chance)
-        assert (chance[~truth] >= limit).mean() <= 0.1
-
-    def test_a_threshold_stands_clear_of_both_deeds(self):
-        """In a gap between them the lowest threshold would flag what is only a little unlike the honest ones."""
-        truth = np.array([False] * 20 + [True] * 20)
-        chance = np.array([1e-8] * 19 + [0.2] + [0.8] * 20)
-        assert threshold_at(truth, chance) == pytest.approx(0.5)
-        assert threshold_at(truth, 1 - chance) > 1 - 1e-7, "nothing can be caught at so few false alarms"
 
 
 class TestRefused:
