@@ -84,9 +84,14 @@ def collect_reviewed(
             if review is None:
                 return [written(one) for one in pool.generate(some, version, sampling, lambda n, _: done(len(n)))]
             calls = [(some[at : at + batch_size], sampling) for at in range(0, len(some), batch_size)]
-            found = [one for part in pool.run(review.sampled, calls) for one in part]
+            found: list[dict[str, Any]] = []
+            for call, made in zip(calls, pool.run(review.sampled, calls, aside=True), strict=True):
+                if made is None:  # it holds a request that kills its worker, which is set aside alone
+                    each = pool.run(review.sampled, [([one], sampling) for one in call[0]], aside=True)
+                    made = [one for part in each for one in part or [(Sample([], [], False), [])]]
+                found += [{**written(one), "reviews": [r.row() for r in reviews]} for one, reviews in made]
             done(len(some))
-            return [{**written(one), "reviews": [r.row() for r in reviews]} for one, reviews in found]
+            return found
 
         if folder is None:
             told = sample(requests)

@@ -269,11 +269,12 @@ class RayPool:
         ends = self._tokenizer.eos_token_id
         return [Sample([ends], [0.0], False, failed=ASIDE) if s is ASIDE else s for s in samples]
 
-    def run(self, task: Task, items: Sequence[Any]) -> list[Any]:
+    def run(self, task: Task, items: Sequence[Any], aside: bool = False) -> list[Any]:
         """`task(context, item)` for every item, on whichever worker is free; results in order.
 
         Args:
             task: anything that pickles; a function of a user's own file is shipped with its file.
+            aside: whether an item that crashed its worker twice gives None.
 
         Raises:
             WorkerError: the task raised, or an item crashed its worker twice.
@@ -283,9 +284,9 @@ class RayPool:
                 ray.cloudpickle.register_pickle_by_value(module)
         results = self._spread(items, lambda actor, some: actor.run.remote(task, some, self.version))
         for number, result in enumerate(results):
-            if result is ASIDE:
+            if result is ASIDE and not aside:
                 raise WorkerError(f"item {number}: {ASIDE}")
-        return results
+        return [None if result is ASIDE else result for result in results]
 
     def _spread(
         self, items: Sequence[Any], call: Callable[[Any, list[Any]], Any], arrived: Arrived = unheard

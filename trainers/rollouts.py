@@ -91,8 +91,10 @@ class RolloutPool(Protocol):
         `arrived` hears of rows as they are made: their numbers, and their samples.
         """
 
-    def run(self, task: Task, items: Sequence[Any]) -> list[Any]:
-        """`task(context, item)` for every item, where the pool generates, with the weights pushed last; in order."""
+    def run(self, task: Task, items: Sequence[Any], aside: bool = False) -> list[Any]:
+        """`task(context, item)` for every item, where the pool generates, with the weights pushed last; in order. With
+        `aside`, an item that kills its worker again and again gives None; else it is an error.
+        """
 
     def close(self) -> None: ...
 
@@ -142,7 +144,7 @@ class InProcessPool:
             arrived(range(at, at + len(chunk)), out[at:])
         return out
 
-    def run(self, task: Task, items: Sequence[Any]) -> list[Any]:
+    def run(self, task: Task, items: Sequence[Any], aside: bool = False) -> list[Any]:
         if self._context is None:
             raise StaleWeights("in-process pool: expected weights, found none")
         return [task(self._context, item) for item in items]
