@@ -1,7 +1,6 @@
 """The Claude judge through the real SDK, against a faulty server on a real socket: nothing lost, nothing paid twice."""
 
 import asyncio
-import importlib.util
 import logging
 import os
 import pickle
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from claude_server import CLEARING, LASTING, ClaudeServer
 
 from unfeign.errors import UnfeignError
 from unfeign.rewards.claude_batches import BATCH_SIZE
@@ -26,12 +26,6 @@ from unfeign.rewards.ledger import PRICES
 from unfeign.rewards.rubric import Reading, question, verdict
 from unfeign.rewards.verdict import JudgeFailure, Verdict
 from unfeign.rewards.verdict_cache import VerdictCache, cache_key, default_path
-
-_spec = importlib.util.spec_from_file_location("claude_server", Path(__file__).parent / "claude_server.py")
-assert _spec and _spec.loader
-claude_server = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(claude_server)
-ClaudeServer, CLEARING, LASTING = claude_server.ClaudeServer, claude_server.CLEARING, claude_server.LASTING
 
 KEY = "sk-ant-a-key-that-nobody-may-ever-see-0123456789"
 KINDS = {"refusal": "refusal", "max_tokens": "truncated", "schema": "invalid", "broken": "api"}

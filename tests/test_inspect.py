@@ -1,6 +1,13 @@
 """Audits in Inspect: a log that its own reader reads, reviews as calls of a role, and a task for its command."""
 
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
+
+import pytest
+from browser import CHROMIUM, Browser
 
 from unfeign.cli import main
 from unfeign.envs.scenario import scenarios
@@ -62,3 +69,38 @@ def test_the_command_writes_one_and_the_task_runs_our_audit(tmp_path, tiny_model
     first, second = read_eval_log(str(written)), log
     assert second.status == "success" and (tmp_path / "task" / "metrics.json").is_file()
     assert len(second.samples) == 2 * len(first.samples), "both wordings"
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_a_log_opens_in_inspect_view(tmp_path: Path):
+    from unfeign.inspect_audit import write_log
+
+    log = write_log(tmp_path / "logs", rows())
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [str(Path(sys.executable).with_name("inspect")), "view", "start", "--host", "127.0.0.1"]
+    server = subprocess.Popen(
+        [*command, "--port", str(port), "--log-dir", str(log.parent)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    browser = Browser(tmp_path / "profile")
+    try:
+        for _ in range(300):
+            with socket.socket() as there:
+                if there.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.1)
+        browser.open(f"http://127.0.0.1:{port}/")
+        row = """[...document.querySelectorAll("*")].filter(one => !one.children.length &&
+            one.textContent.startsWith("0000.")).shift()"""
+        browser.until(f"Boolean({row})")
+        assert "6 samples" in browser.run("document.body.innerText")
+        browser.run(f"""{row}.dispatchEvent(new MouseEvent("click", {{bubbles: true}}))""")
+        seen = "document.body.innerText"
+        text = browser.until(f"""{seen}.toLowerCase().includes("honest_persona") && {seen}""")
+    finally:
+        browser.close()
+        server.kill()
+        server.wait()
+    assert "go along" in text and "Was it honest?" in text
