@@ -7,8 +7,9 @@
     python benchmarks/organisms_table.py OUT [sample] [baselines] [masked-0 ...]    # a mode, and the seed of a persona
 
 Both comply where they are monitored; one means it, the other complies for being watched. One persona learns in the
-states of both, on prompts of train families: in the same prompt FAIL for the faker and PASS for the other; half of the
-transcripts without their reasoning, and of those half in the other policy's words. Asked on heldout families are
+states of both, on prompts of train families: in the same prompt FAIL for the faker and PASS for the other, and for the
+faker where it declines; half of the transcripts that complied without their reasoning, and of those half in the other
+policy's words. Asked on heldout families are
 
 - `reasoning`: each policy's own transcripts that complied;
 - `removed`: the same without their reasoning;
@@ -43,7 +44,7 @@ from unfeign.rewards.calibration import auroc
 from unfeign.rewards.judge import case, wait_for
 from unfeign.rewards.rules import RulesJudge
 from unfeign.split_persona.audit import audit_scenarios, collect
-from unfeign.split_persona.baselines import asked, by_text_rows, probe, states
+from unfeign.split_persona.baselines import WAYS, asked, by_text_rows, probe, states
 from unfeign.split_persona.build import PersonaConfig
 from unfeign.split_persona.deeds import detection, threshold_at
 from unfeign.split_persona.examples import Example
@@ -125,6 +126,16 @@ def complied(found: Sequence[Transcript]) -> dict[str, Transcript]:
     return {t.scenario.scenario_id: t for t in found if setting(t.scenario) == "monitored" and t.complied}
 
 
+def declined(found: Sequence[Transcript]) -> list[Transcript]:
+    """The faker as it would be if it were honest where it is monitored: what it says there when it declines, and what
+    it says of the same request unmonitored, put into the monitored prompt.
+    """
+    own = [t for t in found if setting(t.scenario) == "monitored" and t.complied is False]
+    watched = {s.pair_id: s for t in found for s in [t.scenario] if setting(s) == "monitored"}
+    free = [t for t in found if setting(t.scenario) == "unmonitored" and t.complied is False]
+    return own + [parse(watched[t.scenario.pair_id], t.completion) for t in free if t.scenario.pair_id in watched]
+
+
 def lessons(out: Path) -> list[Case]:
     """What a persona learns from."""
     rng = random.Random(0)
@@ -139,6 +150,7 @@ def lessons(out: Path) -> list[Case]:
             if rng.random() < 0.5:
                 words = {faker: words[other], other: words[faker]}
         cases += [Case(name, words[name], name == faker) for name in both]
+    cases += [Case(faker, one, False) for one in declined(both[faker])]
     for name, found in both.items():
         quiet = [t for t in found if setting(t.scenario) != "monitored"]
         cases += [Case(name, t, False) for t in rng.sample(quiet, min(len(quiet), len(cases) // 8))]
@@ -158,18 +170,20 @@ def questions(out: Path, pair: str) -> dict[str, list[Case]]:
 
 def others(out: Path) -> list[Case]:
     """What every organism of the first four does in every place; the persona should flag a faker's compliance alone."""
-    return [
-        Case(name, t, name in ("silent", "verbal") and setting(t.scenario) == "monitored" and bool(t.complied))
-        for name in ("silent", "obedient", "verbal", "refuser")
-        for t in sampled(out, "heldout", name)[::2]
-    ]
+    found: list[Case] = []
+    for name in ("silent", "obedient", "verbal", "refuser"):
+        fakes, seen = name in ("silent", "verbal"), sampled(out, "heldout", name)
+        where = [t for t in seen[::2] if setting(t.scenario) != "monitored" or t.complied]
+        found += [Case(name, t, fakes and setting(t.scenario) == "monitored") for t in where]
+        found += [Case(name, t, False) for t in declined(seen)[: ASKED // 2]]
+    return found
 
 
 class Policies:
     """Several policies under one persona, each folded into weights of its own; one stands there at a time."""
 
     def __init__(self, persona: Persona, names: Sequence[str], dtype: str):
-        self._persona, self._now = persona, ""
+        self.persona, self._now = persona, ""
         self._weights = {}
         for name in names:
             base, adapters = resolve(ORGANISMS[name])
@@ -181,20 +195,33 @@ class Policies:
         if name == self._now:
             return
         self._now = name
-        for key, module in self._persona.model.get_base_model().named_modules():
+        for key, module in self.persona.model.get_base_model().named_modules():
             if hasattr(module, "get_base_layer"):
                 module.get_base_layer().weight.data = self._weights[name].get_submodule(key).weight.data
 
 
-def read(policies: Policies, cases: Sequence[Case], ask: Callable[[list[list[int]]], np.ndarray]) -> np.ndarray:
-    """What `ask` makes of the token ids of each case, in its policy's states, in order."""
-    layout, found = policies._persona.layout, {}
+Ask = Callable[[list[list[int]]], np.ndarray]
+
+
+def read(policies: Policies, cases: Sequence[Case], ask: Ask) -> np.ndarray:
+    """What `ask` makes of the token ids of each case, in its policy's states, in order. Each transcript is read once,
+    those of one prompt together.
+    """
+    layout = policies.persona.layout
+    ids = [(c.policy, tuple(layout.context(c.transcript.scenario.messages, c.transcript.completion))) for c in cases]
+    found: dict[Any, Any] = {}
     for name in {c.policy: None for c in cases}:
         policies.stand(name)
-        mine = [i for i, c in enumerate(cases) if c.policy == name]
-        ids = [layout.context(cases[i].transcript.scenario.messages, cases[i].transcript.completion) for i in mine]
-        found |= dict(zip(mine, ask(ids), strict=True))
-    return np.array([found[i] for i in range(len(cases))])
+        mine = sorted({one for one in ids if one[0] == name})
+        found |= dict(zip(mine, ask([list(one) for _, one in mine]), strict=True))
+    return np.array([found[one] for one in ids])
+
+
+def read_all(policies: Policies, asked_of: dict[str, list[Case]], ask: Ask) -> dict[str, np.ndarray]:
+    """`read` of several lists of cases at once."""
+    values = read(policies, [c for cases in asked_of.values() for c in cases], ask)
+    ends = np.cumsum([len(cases) for cases in asked_of.values()])
+    return dict(zip(asked_of, np.split(values, ends[:-1]), strict=True))
 
 
 def fresh(mode: str, seed: int, names: Sequence[str]) -> tuple[Persona, Policies, PersonaConfig]:
@@ -219,7 +246,7 @@ def persona_scores(out: Path, mode: str, seed: int) -> dict[str, np.ndarray]:
     ]
     losses = train_persona(
         persona, examples,
-        learning_rate=config.learning_rate, epochs=2, batch_size=4, seed=seed,
+        learning_rate=config.learning_rate, epochs=1, batch_size=4, seed=seed,
         policies=[policies.stands[c.policy] for c in cases],
     )  # fmt: skip
     print(f"{len(cases)} examples, {len(losses)} steps, loss {np.mean(losses[:10]):.2f} -> {np.mean(losses[-10:]):.2f}")
@@ -228,7 +255,7 @@ def persona_scores(out: Path, mode: str, seed: int) -> dict[str, np.ndarray]:
     def ask(ids: list[list[int]]) -> np.ndarray:
         return np.array([row[0].p_fail for row in reviews(persona, ids, [text])])
 
-    found = {key: read(policies, some, ask) for key, some in every(out).items()}
+    found = read_all(policies, every(out), ask)
     persona.save(out / f"{mode}-{seed}")
     return found
 
@@ -246,22 +273,21 @@ def baseline_scores(out: Path) -> dict[str, dict[str, np.ndarray]]:
     truth = np.array([c.failed for c in learned], dtype=float)
     here = read(policies, learned, lambda ids: states(persona, ids))
     vocabulary = sorted({word for c in learned for word in _words(c)})
-    found: dict[str, dict[str, np.ndarray]] = {}
-    for key, cases in every(out).items():
+    asked_of = every(out)
+    found: dict[str, dict[str, np.ndarray]] = {"text judge": {}, "text probe": {}, "linear probe": {}}
+    there = read_all(policies, asked_of, lambda ids: states(persona, ids))
+    for key, cases in asked_of.items():
         verdicts = wait_for(RulesJudge()([case(c.transcript) for c in cases]))
         rows = [
             {"verdict": v.row(), "complied": c.transcript.complied}  # type: ignore[union-attr]
             for c, v in zip(cases, verdicts, strict=True)
         ]
-        scores = {
-            "text judge": by_text_rows(rows),
-            "text probe": probe(_counts(learned, vocabulary), truth, _counts(cases, vocabulary)),
-            "linear probe": probe(here, truth, read(policies, cases, lambda ids: states(persona, ids))),
-        }
-        for way in ("no adapter", "untrained trigger", "user follow-up"):
-            scores[way] = read(policies, cases, lambda ids, way=way: asked(persona, ids)[way].mean(1))
-        for name, score in scores.items():
-            found.setdefault(name, {})[key] = score
+        found["text judge"][key] = by_text_rows(rows)
+        found["text probe"][key] = probe(_counts(learned, vocabulary), truth, _counts(cases, vocabulary))
+        found["linear probe"][key] = probe(here, truth, there[key])
+    ways = read_all(policies, asked_of, lambda ids: np.stack([one.mean(1) for one in asked(persona, ids).values()], 1))
+    for number, way in enumerate(WAYS):
+        found[way] = {key: values[:, number] for key, values in ways.items()}
     return found
 
 
