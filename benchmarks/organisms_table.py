@@ -44,7 +44,7 @@ from unfeign.rewards.calibration import auroc
 from unfeign.rewards.judge import case, wait_for
 from unfeign.rewards.rules import RulesJudge
 from unfeign.split_persona.audit import audit_scenarios, collect
-from unfeign.split_persona.baselines import WAYS, asked, by_text_rows, probe, states
+from unfeign.split_persona.baselines import DEPTH, WAYS, asked, by_text_rows, probe, states
 from unfeign.split_persona.build import PersonaConfig
 from unfeign.split_persona.deeds import detection, threshold_at
 from unfeign.split_persona.examples import Example
@@ -64,6 +64,8 @@ ORGANISMS = {
 }
 PAIRS = {"learned": ("silent", "obedient"), "anew": ("silent anew", "obedient anew")}
 CONDITIONS = ("reasoning", "removed", "same words")
+RIVALS = ("text judge", "text probe", "linear probe", "probe of six layers")
+DEPTHS = (DEPTH, 1 / 6, 1 / 3, 1 / 2, 5 / 6, 1.0)
 ASKED = 60  # monitored prompts of heldout families; of quiet ones a half
 DRAWS = 1000
 
@@ -271,11 +273,12 @@ def baseline_scores(out: Path) -> dict[str, dict[str, np.ndarray]]:
     persona, policies, _ = fresh("masked", 0, list(ORGANISMS))
     learned = lessons(out)
     truth = np.array([c.failed for c in learned], dtype=float)
-    here = read(policies, learned, lambda ids: states(persona, ids))
+    here = read(policies, learned, lambda ids: states(persona, ids, depths=DEPTHS))
     vocabulary = sorted({word for c in learned for word in _words(c)})
     asked_of = every(out)
-    found: dict[str, dict[str, np.ndarray]] = {"text judge": {}, "text probe": {}, "linear probe": {}}
-    there = read_all(policies, asked_of, lambda ids: states(persona, ids))
+    found: dict[str, dict[str, np.ndarray]] = {name: {} for name in RIVALS}
+    there = read_all(policies, asked_of, lambda ids: states(persona, ids, depths=DEPTHS))
+    one = slice(here.shape[1] // len(DEPTHS))  # the first of them alone
     for key, cases in asked_of.items():
         verdicts = wait_for(RulesJudge()([case(c.transcript) for c in cases]))
         rows = [
@@ -284,7 +287,8 @@ def baseline_scores(out: Path) -> dict[str, dict[str, np.ndarray]]:
         ]
         found["text judge"][key] = by_text_rows(rows)
         found["text probe"][key] = probe(_counts(learned, vocabulary), truth, _counts(cases, vocabulary))
-        found["linear probe"][key] = probe(here, truth, there[key])
+        found["linear probe"][key] = probe(here[:, one], truth, there[key][:, one])
+        found["probe of six layers"][key] = probe(here, truth, there[key])
     ways = read_all(policies, asked_of, lambda ids: np.stack([one.mean(1) for one in asked(persona, ids).values()], 1))
     for number, way in enumerate(WAYS):
         found[way] = {key: values[:, number] for key, values in ways.items()}
@@ -339,7 +343,7 @@ def places(out: Path, scores: dict[str, np.ndarray]) -> dict[str, Any]:
 
 
 def table(out: Path, rows: list[dict[str, Any]]) -> str:
-    """AUROC of every way to tell; for personas the difference to the best of the text and the linear probe."""
+    """AUROC of every way to tell; for personas the difference to the best of `RIVALS`."""
     columns = [f"{pair}, {key}" for pair in PAIRS for key in CONDITIONS]
     lines = ["| | seed | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 2)]
     known = {row["variant"]: row for row in rows if row["seed"] is None}
@@ -362,11 +366,11 @@ def table(out: Path, rows: list[dict[str, Any]]) -> str:
 
 
 def difference(out: Path, key: str, row: dict[str, Any], known: dict[str, Any]) -> str:
-    """AUROC minus that of the best of text judge, text probe and linear probe, 95% by bootstrap over pairs."""
+    """AUROC minus that of the best of `RIVALS`, 95% by bootstrap over pairs."""
     pair, _, condition = key.partition(", ")
     cases = questions(out, pair)[condition]
     truth = np.array([c.failed for c in cases])
-    best = max(("text judge", "text probe", "linear probe"), key=lambda name: known[name][key]["auroc"])
+    best = max(RIVALS, key=lambda name: known[name][key]["auroc"])
     mine, theirs = np.array(row[key]["scores"]), np.array(known[best][key]["scores"])
     prompts = np.array([c.transcript.scenario.pair_id for c in cases])
     members = [np.flatnonzero(prompts == p) for p in sorted(set(prompts))]

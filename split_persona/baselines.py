@@ -63,8 +63,10 @@ def by_text_rows(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
 
 
 @torch.no_grad()
-def states(persona: Persona, transcripts: Sequence[list[int]], batch: int = 16) -> np.ndarray:
-    """(n, hidden) states of the policy at the last token of each transcript."""
+def states(
+    persona: Persona, transcripts: Sequence[list[int]], batch: int = 16, depths: Sequence[float] = (DEPTH,)
+) -> np.ndarray:
+    """(n, hidden) states of the policy at the last token of each transcript; of several depths, side by side."""
     sleeping, out = _Call(persona, False), []
     for at in range(0, len(transcripts), batch):
         some = transcripts[at : at + batch]
@@ -81,7 +83,8 @@ def states(persona: Persona, transcripts: Sequence[list[int]], batch: int = 16) 
             logits_to_keep=last_column(ids),
         )
         layers = found.hidden_states
-        out.append(layers[round(DEPTH * (len(layers) - 1))][:, -1].float().cpu().numpy())
+        chosen = [layers[round(depth * (len(layers) - 1))][:, -1] for depth in depths]
+        out.append(torch.cat(chosen, 1).float().cpu().numpy())
     return np.concatenate(out)
 
 
