@@ -338,6 +338,7 @@ def test_judges_in_a_config(write_config, refused, monkeypatch, capsys):
     assert "differs from the training judge" in said and "claude" in said and "not-a-real-key" not in said
     config = write_config(rewards=trained_by, audit=audit, allow_same_judge=True)
     main(["train", str(config), "--dry-run"])
-    assert "dry run: nothing was started" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "audits    validation families, before, after\n" in told and "dry run: nothing was started" in told
     unknown = {"name": "claude", "modle": "x"}
     assert "modle" in refused("train", write_config(audit={"judge": unknown}), "--dry-run")

@@ -127,6 +127,10 @@ def _print_plan(run: Any) -> None:
         f"rollouts  {config.rollouts.backend}"
         + (f", {config.rollouts.workers} workers" * (config.rollouts.backend == "ray"))
     )
+    audit = config.audit
+    when = ["before"] * audit.before + [f"every {audit.every} steps"] * bool(audit.every) + ["after"] * audit.after
+    reviewed = f", reviewed by {audit.persona}" if audit.persona else ""
+    print(f"audits    {audit.split} families, {', '.join(when)}{reviewed}" if when else "audits    none")
     resumes = f", resumed from {run.start.checkpoint}" if run.start.checkpoint else ""
     print(f"output    {config.output}{resumes}")
     print("dry run: nothing was started")
