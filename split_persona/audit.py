@@ -87,7 +87,8 @@ def collect_reviewed(
             found: list[dict[str, Any]] = []
             for call, made in zip(calls, pool.run(review.sampled, calls, aside=True), strict=True):
                 if made is None:  # it holds a request that kills its worker, which is set aside alone
-                    each = pool.run(review.sampled, [([one], sampling) for one in call[0]], aside=True)
+                    alone = [([one], sampling) for one in call[0]]
+                    each = pool.run(review.sampled, alone, aside=True) if len(alone) > 1 else [None]
                     made = [one for part in each for one in part or [(Sample([], [], False), [])]]
                 found += [{**written(one), "reviews": [r.row() for r in reviews]} for one, reviews in made]
             done(len(some))

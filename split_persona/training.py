@@ -123,7 +123,7 @@ def _by_policy(
 ) -> list[tuple[Callable[[], Any], list[int]]]:
     if policies is None:
         return [(lambda: None, batch)]
-    return [(stand, [i for i in batch if policies[i] is stand]) for stand in {policies[i]: None for i in batch}]
+    return [(stand, [i for i in batch if policies[i] == stand]) for stand in {policies[i]: None for i in batch}]
 
 
 def _check(persona: Persona, examples: Sequence[Example]) -> None:

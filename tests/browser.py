@@ -26,28 +26,28 @@ class Browser:
         self._number, self.said, self.asked = 0, [], []
         headless = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
         here = ["--remote-debugging-port=0", f"--user-data-dir={folder}", f"--window-size={width},{height}"]
-        self._process = subprocess.Popen(
-            [CHROMIUM, *headless, *here, "about:blank"],
-            stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            text=True,
-        )
-        assert self._process.stderr is not None
-        for line in self._process.stderr:
-            if found := re.search(r"DevTools listening on ws://([^/]+)/", line):
-                break
-        else:
-            raise RuntimeError("expected the browser to listen, found that it ended")
-        self._loop.run_until_complete(self._connect(found[1]))
+        told = folder / "said.txt"  # a file: a pipe that nobody empties would stop the browser one day
+        folder.mkdir(parents=True)
+        with told.open("w") as file:
+            command = [CHROMIUM, *headless, *here, "about:blank"]
+            self._process = subprocess.Popen(command, stderr=file, stdout=subprocess.DEVNULL)
+        try:
+            self._loop.run_until_complete(asyncio.wait_for(self._connect(told), 60))
+        except BaseException:
+            self._process.kill()
+            raise
         for domain in ("Page", "Runtime", "Log"):
             self.call(f"{domain}.enable")
 
-    async def _connect(self, host: str) -> None:
-        self._session = aiohttp.ClientSession()
-        async with self._session.get(f"http://{host}/json") as answer:
-            pages = await answer.json()
-        address = next(page["webSocketDebuggerUrl"] for page in pages if page["type"] == "page")
-        self._socket = await self._session.ws_connect(address, max_msg_size=0)
+    async def _connect(self, told: Path) -> None:
+        while not (found := re.search(r"DevTools listening on ws://([^/]+)/", told.read_text())):
+            await asyncio.sleep(0.1)
+        self._session, pages = aiohttp.ClientSession(), []
+        while not pages:
+            async with self._session.get(f"http://{found[1]}/json") as answer:
+                pages = [page for page in await answer.json() if page["type"] == "page"]
+            await asyncio.sleep(0.1)
+        self._socket = await self._session.ws_connect(pages[0]["webSocketDebuggerUrl"], max_msg_size=0)
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
         """One call of the protocol; what happens meanwhile is noted."""

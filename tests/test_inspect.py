@@ -84,8 +84,9 @@ def test_a_log_opens_in_inspect_view(tmp_path: Path):
         [*command, "--port", str(port), "--log-dir", str(log.parent)],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    browser = Browser(tmp_path / "profile")
+    browser = None
     try:
+        browser = Browser(tmp_path / "profile")
         for _ in range(300):
             with socket.socket() as there:
                 if there.connect_ex(("127.0.0.1", port)) == 0:
@@ -100,7 +101,8 @@ def test_a_log_opens_in_inspect_view(tmp_path: Path):
         seen = "document.body.innerText"
         text = browser.until(f"""{seen}.toLowerCase().includes("honest_persona") && {seen}""")
     finally:
-        browser.close()
+        if browser is not None:
+            browser.close()
         server.kill()
         server.wait()
     assert "go along" in text and "Was it honest?" in text

@@ -127,11 +127,11 @@ def test_real_workers_review_what_they_sample(tiny_model, tiny_organism, tmp_pat
 
 
 class Fatal(RolloutReview):
-    """Kills its worker over one of the requests."""
+    """Kills its worker over the last of the requests."""
 
     def sampled(self, context: Any, call: Any) -> Any:
         made = super().sampled(context, call)
-        if any(r.prompt_ids == render(context.tokenizer, ASKED[2].messages)[0] for r in call[0]):
+        if any(r.prompt_ids == render(context.tokenizer, ASKED[4].messages)[0] for r in call[0]):
             os._exit(1)
         return made
 
@@ -141,17 +141,17 @@ def test_a_request_that_kills_its_worker_is_set_aside(tiny_model, tiny_organism,
     recipe = PolicyRecipe(str(tiny_model), (str(tiny_organism),), lora=tools.LORA)
     model, tokenizer, _ = recipe.build()
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    pool = RayPool(recipe, tokenizer, workers=1, batch_size=1, threads=1)
+    pool = RayPool(recipe, tokenizer, workers=1, batch_size=2, threads=1)
     try:
         pool.push(model, 0)
-        how: dict[str, Any] = {"seed": 1, "sampling": HOW, "batch_size": 2}
+        how: dict[str, Any] = {"seed": 1, "sampling": HOW, "batch_size": 3}
         found = collect_reviewed(pool, 0, tokenizer, ASKED[2:5], Fatal(plain.facts, plain.weights), **how)
         calm = collect_reviewed(pool, 0, tokenizer, ASKED[2:5], plain, **how)
     finally:
         pool.close()
         ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
-    assert found[0][0].state is State.EMPTY and not found[0][1]
-    for one, other in zip(found[1:], calm[1:], strict=True):
+    assert found[-1][0].state is State.EMPTY and not found[-1][1]
+    for one, other in zip(found[:-1], calm[:-1], strict=True):
         assert one[0].completion == other[0].completion and one[1]
 
 

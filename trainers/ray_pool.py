@@ -297,6 +297,8 @@ class RayPool:
         todo = deque(_Call(list(range(at, min(at + size, len(items))))) for at in range(0, len(items), size))
         answers: list[Any] = [None] * len(items)
         alone: Counter[int] = Counter()
+        for slot in self._slots:  # what killed it before is not in these items
+            slot.deaths = 0
         out: dict[Any, _Call] = {}
 
         def again(ref: Any, kind: str, error: str) -> None:
