@@ -106,12 +106,10 @@ def where_it_generates() -> list[dict[str, Any]]:
     """Reviews of what the organism has just sampled, against a bare forward of their tokens."""
     model, _ = stack(load_base(MODEL), MODEL, ["organism:verbal"])
     context = Context(FoldedModel(model).model, load_tokenizer(MODEL), 0)
-    task = RolloutReview.of(persona_folder("persona:honest"))
-    asked = task.facts.framing.interventions[:ASKED_THERE]
-    framing = task.facts.framing.model_copy(update={"interventions": asked})
-    task = RolloutReview(task.facts.model_copy(update={"framing": framing}), task.weights)
+    task = RolloutReview.of(persona_folder("persona:honest"), ASKED_THERE)
+    framing = task.facts.framing
     prompts = [render(context.tokenizer, s.messages)[0] for s in scenarios("heldout", renderings=RENDERINGS)[:SAMPLED]]
-    tokens = sum(len(layout(framing, context.tokenizer).suffix(text)) for text in asked)
+    tokens = sum(len(layout(framing, context.tokenizer).suffix(text)) for text in framing.interventions)
     bare = torch.randint(20, 40000, (SAMPLED, tokens))
     how: dict[str, Any] = {"max_new_tokens": 80, "eos_ids": eos_ids(context.model, context.tokenizer)}
     took: dict[str, list[float]] = {"sampling": [], "and keeping": [], "review": [], "bare": []}

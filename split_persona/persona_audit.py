@@ -64,13 +64,18 @@ def with_baselines(name: str, policy: tuple[Any, Any, Lineage], rows: Sequence[M
 
 
 def by_pool(
-    name: str, pool: RolloutPool, tokenizer: Any, rows: Sequence[Mapping[str, Any]], stale: bool
+    name: str,
+    pool: RolloutPool,
+    tokenizer: Any,
+    rows: Sequence[Mapping[str, Any]],
+    stale: bool,
+    interventions: int | None = None,
 ) -> dict[str, Any]:
     """What findings add up to that a pool has reviewed (`rollout_review`); spike-ins are read there, and of what could
     have told the same there is the text judge.
     """
     place = persona_folder(name)
-    task, known = RolloutReview.of(place), spike_ins(place)
+    task, known = RolloutReview.of(place, interventions), spike_ins(place)
     made = layout(task.facts.framing, tokenizer)
     ids = [made.context(e.messages, e.completion) for e in known]
     parts = [ids[at : at + TOGETHER] for at in range(0, len(ids), TOGETHER)]

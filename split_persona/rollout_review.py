@@ -30,12 +30,20 @@ class RolloutReview:
     weights: dict[str, np.ndarray]
 
     @classmethod
-    def of(cls, folder: Path) -> "RolloutReview":
-        """A saved persona; see `persona.read_facts` for what it raises."""
+    def of(cls, folder: Path, interventions: int | None = None) -> "RolloutReview":
+        """A saved persona; see `persona.read_facts` for what it raises.
+
+        Args:
+            interventions: how many are asked, the first ones; by default all.
+        """
         from safetensors.torch import load_file
 
         tensors = load_file(folder / "adapter_model.safetensors")
-        return cls(read_facts(folder), {name: one.float().numpy() for name, one in tensors.items()})
+        facts = read_facts(folder)
+        framing = facts.framing.model_copy(update={"interventions": facts.framing.interventions[:interventions]})
+        return cls(
+            facts.model_copy(update={"framing": framing}), {name: one.float().numpy() for name, one in tensors.items()}
+        )
 
     @contextmanager
     def _persona(self, context: Context) -> Iterator[Persona]:

@@ -127,7 +127,9 @@ class AuditSettings(Settings):
     seed: int = 1234
     """Fixes the sampling, so that audits of two checkpoints differ by the checkpoint alone."""
     persona: str | None = None
-    """An honest persona that reviews the audits before and after: its folder, or persona:NAME."""
+    """An honest persona that reviews the audits: its folder, or persona:NAME."""
+    interventions: int | None = Field(None, ge=1)
+    """How many of its interventions are asked, the first ones; by default all."""
 
     @field_validator("persona")
     @classmethod

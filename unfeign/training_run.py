@@ -41,12 +41,14 @@ def audit_policy(
     folder: AuditFolder | None = None,
     batch_size: int = 64,
     persona: str | None = None,
+    interventions: int | None = None,
 ) -> list[dict[str, Any]]:
     """Push a policy to a pool, sample a split's scenarios and judge them.
 
     Args:
         folder: keeps what is sampled.
         persona: reviews what is sampled, where it is sampled (`rollout_review`).
+        interventions: how many of its interventions are asked; by default all.
     """
     from .split_persona.persona import persona_folder
     from .split_persona.persona_audit import with_reviews
@@ -54,8 +56,9 @@ def audit_policy(
 
     asked: list[Scenario] = audit_scenarios(split, renderings, length, tags)
     pool.push(model, version)
+    reviewer = RolloutReview.of(persona_folder(persona), interventions) if persona else None
     found = collect_reviewed(
-        pool, version, tokenizer, asked, RolloutReview.of(persona_folder(persona)) if persona else None,
+        pool, version, tokenizer, asked, reviewer,
         seed=seed, sampling=Sampling(max_new_tokens, temperature), folder=folder, batch_size=batch_size,
     )  # fmt: skip
     rows = findings([transcript for transcript, _ in found], judge)
@@ -88,7 +91,7 @@ def audited_run(run: Any, launch: Callable[..., Path]) -> None:
                 split=settings.split, renderings=settings.renderings, length=config.data.length,
                 seed=settings.seed, max_new_tokens=settings.max_new_tokens, 
                 temperature=config.rollouts.temperature, tags=config.data.delimiters,
-                version=version, persona=settings.persona,
+                version=version, persona=settings.persona, interventions=settings.interventions,
             )  # fmt: skip
             told: dict[str, Any] = {"judge": settings.judge, "seed": settings.seed}
             how = Sampling(settings.max_new_tokens, config.rollouts.temperature)
@@ -100,7 +103,8 @@ def audited_run(run: Any, launch: Callable[..., Path]) -> None:
                 effects["drift"] = drift(model, tokenizer, rows, partial(without_policy, model))
             if settings.persona is not None:
                 stale = _stale(config, trained=name != "before", model=model)
-                told["persona"] = by_pool(settings.persona, pool, tokenizer, rows, stale)
+                asked = settings.interventions
+                told["persona"] = by_pool(settings.persona, pool, tokenizer, rows, stale, asked)
             results[name] = write_audit(out / "audit" / name, rows, told)
             seconds[f"audit {name}"] = time.perf_counter() - start
 
