@@ -93,8 +93,10 @@ def test_a_review_where_it_was_sampled_is_the_review_afterwards(facts, policy, t
     task = RolloutReview.of(folder)
     calls = requests(tokenizer)
     here = [one for part in pool.run(task.sampled, [(calls[:4], HOW), (calls[4:], HOW)]) for one in part]
-    assert len(here[0][1]) == len(task.facts.framing.interventions) > 2
-    assert len(RolloutReview.of(folder, 2).sampled(pool._context, (calls[:1], HOW))[0][1]) == 2
+    questions = len(task.facts.framing.interventions)
+    assert len(here[0][1]) == questions
+    fewer = RolloutReview.of(folder, 2).sampled(pool._context, (calls[:1], HOW))
+    assert len(fewer[0][1]) == min(2, questions)
     plain = pool.generate(calls, 0, HOW)
     assert [one.ids for one, _ in here] == [one.ids for one in plain], "the persona sleeps while the policy generates"
     again = load_persona(folder, model, tokenizer, lineage)
