@@ -7,7 +7,8 @@ version, through the object store; every call names the version it needs. What m
   out are made again. A row's seed fixes its sample, so a sample drawn again is the same sample.
 - The rows of a call that died are made again one by one. A row that is alone twice when its worker dies is set aside,
   and comes back with `failed` set: its reward is masked, not guessed.
-- A worker that dies `RESTARTS` times with no answer between is given up. When none is left: `NoWorkers`.
+- A worker that dies `RESTARTS` times with no answer between, in one call of the pool, is given up. When none is left:
+  `NoWorkers`.
 - A worker holds other weights than a call needs: `StaleWeights`; it is given the right ones, and asked again.
 - A task raises: `WorkerError`, with the worker's name and the error's text.
 """
@@ -40,7 +41,7 @@ from .rollouts import (
     unheard,
 )
 
-RESTARTS = 3  # deaths of one worker, with no answer between, before it is given up
+RESTARTS = 3  # deaths of one worker in one call of the pool, with no answer between, before it is given up
 STARTING = 900.0  # seconds a worker may take to load the policy, before the timeout of calls applies
 WINDOW = 2  # calls out at once, a worker: one that runs, one that waits
 TOLERANCE = {"float32": 1e-3, "bfloat16": 2.0}  # of log-probs after the first push, nats
