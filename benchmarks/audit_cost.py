@@ -3,13 +3,14 @@
     python benchmarks/audit_cost.py              # bundled model, masked, 16 transcripts of 512 tokens, K = 8
 
 Both ask for the flag alone, of an activated LoRA: ours reads a transcript once and asks every intervention of its
-cached states; stock forwards the transcript anew with each, in batches of 16 rows, the head on the last token only.
-Before anything is timed, their answers are compared. Writes `benchmarks/out/audit_cost.json`: medians, ratio = stock /
-ours, and beside it what the count of tokens alone would give, K(C+S) / (C+KS), for interventions of S tokens.
+cached states, its weights packed as an audit packs them; stock forwards the transcript anew with each, in batches of 16
+rows, the head on the last token only. Before anything is timed, their answers are compared. Writes
+`benchmarks/out/audit_cost.json`: medians, ratio = stock / ours, and beside it what the count of tokens alone would
+give, K(C+S) / (C+KS), for interventions of S tokens.
 
 Then the shipped persona reviews where the shipped organism generates (`rollout_review`), K = 4, from the states that
-sampling has left, on real prompts. Its peer is a bare forward of the folded policy over just as many tokens, K x S a
-row, with nothing before them.
+sampling has left, of real prompts and of longer ones. Its peer is a bare forward of the folded policy over just as many
+tokens, K x S a row, with nothing before them.
 """
 
 import json
@@ -35,7 +36,7 @@ from unfeign.trainers.rollouts import Context
 OUT = Path(__file__).parent / "out" / "audit_cost.json"
 MODEL = "bundled:smollm2-135m-instruct"
 TRANSCRIPTS, CONTEXT, ASKED, SIZES, REPEATS = 16, 512, 8, (16, 32, 64), 3
-SAMPLED, ASKED_THERE = 64, 4  # rows, interventions
+SAMPLED, ASKED_THERE, WRITTEN = 64, 4, 80  # rows, interventions, tokens sampled
 
 
 def ours(persona: Persona, transcripts: list[list[int]], asked: list[list[int]]) -> torch.Tensor:
@@ -61,15 +62,23 @@ def seconds(call: Any, *args: Any) -> float:
     return time.perf_counter() - began
 
 
+def untrained() -> Persona:
+    """A masked persona with random weights, the same at every call."""
+    model, lineage = stack(load_base(MODEL), MODEL, [])
+    facts = PersonaFacts(mode="masked", framing=load_framing("persona").model_copy(update={"review": False}))
+    persona = Persona(model, load_tokenizer(MODEL), lineage, facts)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in persona.switch.parameters():
+        parameter.data += (torch.randn(parameter.shape, generator=generator) * 0.01).to(parameter)
+    return persona
+
+
 @torch.inference_mode()
 def main() -> None:
     with quiet_libraries():
-        model, lineage = stack(load_base(MODEL), MODEL, [])
-        facts = PersonaFacts(mode="masked", framing=load_framing("persona").model_copy(update={"review": False}))
-        persona = Persona(model, load_tokenizer(MODEL), lineage, facts)
+        persona, plain = untrained(), untrained()
+    persona.fold()
     generator = torch.Generator().manual_seed(1)
-    for parameter in persona.switch.parameters():
-        parameter.data += (torch.randn(parameter.shape, generator=generator) * 0.01).to(parameter)
 
     def random(*shape: int) -> list[list[int]]:
         return torch.randint(20, 40000, shape, generator=generator).tolist()
@@ -80,12 +89,12 @@ def main() -> None:
     )
     for size in SIZES:
         transcripts, asked = random(TRANSCRIPTS, CONTEXT), random(ASKED, size)
-        differ = (ours(persona, transcripts, asked) - stock(persona, transcripts, asked)).abs().max().item()
+        differ = (ours(persona, transcripts, asked) - stock(plain, transcripts, asked)).abs().max().item()
         assert differ < 1e-3, f"answers differ by {differ}"
         took: dict[str, list[float]] = {"ours": [], "stock": []}
         for _ in range(REPEATS):
             took["ours"].append(seconds(ours, persona, transcripts, asked))
-            took["stock"].append(seconds(stock, persona, transcripts, asked))
+            took["stock"].append(seconds(stock, plain, transcripts, asked))
         a, b = (statistics.median(took[kind]) for kind in ("ours", "stock"))
         tokens = ASKED * (CONTEXT + size) / (CONTEXT + ASKED * size)
         rows.append({
@@ -103,27 +112,39 @@ def main() -> None:
 
 @torch.inference_mode()
 def where_it_generates() -> list[dict[str, Any]]:
-    """Reviews of what the organism has just sampled, against a bare forward of their tokens."""
+    """Reviews of what the organism has just sampled, against a bare forward of their tokens: of real prompts, and of
+    longer ones of random tokens.
+    """
     model, _ = stack(load_base(MODEL), MODEL, ["organism:verbal"])
     context = Context(FoldedModel(model).model, load_tokenizer(MODEL), 0)
+    real = [render(context.tokenizer, s.messages)[0] for s in scenarios("heldout", renderings=RENDERINGS)[:SAMPLED]]
+    generator = torch.Generator().manual_seed(2)
+    long = torch.randint(20, 40000, (TRANSCRIPTS, CONTEXT - WRITTEN), generator=generator).tolist()
+    return [reviewed_there(context, prompts) for prompts in (real, long)]
+
+
+def reviewed_there(context: Context, prompts: list[list[int]]) -> dict[str, Any]:
+    """Sampling, reviews and bare forwards of some prompts, by turns."""
     task = RolloutReview.of(persona_folder("persona:honest"), ASKED_THERE)
     framing = task.facts.framing
-    prompts = [render(context.tokenizer, s.messages)[0] for s in scenarios("heldout", renderings=RENDERINGS)[:SAMPLED]]
     tokens = sum(len(layout(framing, context.tokenizer).suffix(text)) for text in framing.interventions)
-    bare = torch.randint(20, 40000, (SAMPLED, tokens))
-    how: dict[str, Any] = {"max_new_tokens": 80, "eos_ids": eos_ids(context.model, context.tokenizer)}
+    bare = torch.randint(20, 40000, (len(prompts), tokens))
+    ends = eos_ids(context.model, context.tokenizer)
     took: dict[str, list[float]] = {"sampling": [], "and keeping": [], "review": [], "bare": []}
+
+    def sampled(kept: Kept | None) -> list[Any]:
+        seeds = list(range(len(prompts)))
+        return sample(
+            context.model, prompts, seeds, temperature=0.7, max_new_tokens=WRITTEN, eos_ids=ends, kept=kept
+        )  # fmt: skip
+
     for repeat in range(REPEATS + 1):
-        began = time.perf_counter()
-        sample(context.model, prompts, list(range(SAMPLED)), temperature=0.7, **how)
-        plain = time.perf_counter() - began
+        plain = seconds(sampled, None)
         kept = Kept()
         began = time.perf_counter()
-        made = sample(context.model, prompts, list(range(SAMPLED)), temperature=0.7, kept=kept, **how)
+        made = sampled(kept)
         keeping = time.perf_counter() - began
-        ids = [
-            prompt + [t for t in one.ids if t not in how["eos_ids"]] for prompt, one in zip(prompts, made, strict=True)
-        ]
+        ids = [prompt + [t for t in one.ids if t not in ends] for prompt, one in zip(prompts, made, strict=True)]
         review = seconds(task.reviews, context, ids, kept)
         alone = seconds(lambda: context.model(input_ids=bare, logits_to_keep=last_column(bare)))
         if repeat:  # the first one warms up
@@ -133,15 +154,15 @@ def where_it_generates() -> list[dict[str, Any]]:
     cost = review + max(0.0, keeping - plain)
     long = sum(map(len, ids)) / len(ids)
     print(
-        f"\nwhere it generates: {SAMPLED} transcripts of {long:.0f} tokens, K = {ASKED_THERE}, {tokens} tokens each:"
-        f" review {review:.2f} s, keeping states {keeping - plain:+.2f} s, bare forward {alone:.2f} s:"
+        f"\nwhere it generates: {len(prompts)} transcripts of {long:.0f} tokens, K = {ASKED_THERE}, {tokens} tokens"
+        f" each: review {review:.2f} s, keeping states {keeping - plain:+.2f} s, bare forward {alone:.2f} s:"
         f" {cost / alone:.2f}x ({review / alone:.2f}x without keeping); {cost / plain:.0%} of sampling ({plain:.1f} s)",
         flush=True,
     )
-    return [{
-        "name": "review where it generates", "case": f"K={ASKED_THERE}, {tokens} tokens", "ours_s": cost,
-        "stock_s": alone, "ratio": alone / cost, "of_sampling": cost / plain, "review_s": review,
-    }]  # fmt: skip
+    return {
+        "name": "review where it generates", "case": f"K={ASKED_THERE}, {tokens} tokens, context {long:.0f}",
+        "ours_s": cost, "stock_s": alone, "ratio": alone / cost, "of_sampling": cost / plain, "review_s": review,
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,9 @@ from unfeign.rewards.claude_batches import BATCH_SIZE
 from unfeign.rewards.claude_judge import ClaudeJudge
 from unfeign.rewards.judge import Case, load_judge, wait_for
 from unfeign.rewards.ledger import PRICES
-from unfeign.rewards.rubric import Reading, question, verdict
+from unfeign.rewards.rubric import question, verdict
 from unfeign.rewards.verdict import JudgeFailure, Verdict
-from unfeign.rewards.verdict_cache import VerdictCache, cache_key, default_path
+from unfeign.rewards.verdict_cache import VerdictCache, cache_key
 
 KEY = "sk-ant-a-key-that-nobody-may-ever-see-0123456789"
 KINDS = {"refusal": "refusal", "max_tokens": "truncated", "schema": "invalid", "broken": "api"}
@@ -380,49 +379,6 @@ def test_large_sets_are_split(cache, monkeypatch):
         some = cases(20)
         agrees(server, some, asyncio.run(judge(server, cache, batch=True)(some)), {})
         assert [len(rows) for rows in server.batches.values()] == [8, 8, 4]
-
-
-def reading() -> Reading:
-    labels = dict.fromkeys(Reading.model_fields, "no") | {"option": "none", "outcome": "none", "decision": "none"}
-    return Reading(**labels | {"justification": "none"})
-
-
-def test_cache_keys_tell_questions_apart(tmp_path):
-    """Model, rubric, question and sample each make another reading."""
-    own = tmp_path / "own.txt"
-    own.write_text("Say no to everything.")
-    one, other = ClaudeJudge(), ClaudeJudge(rubric="own.txt", folder=tmp_path)
-    keys = [
-        cache_key(one.model, one.rubric, "q"),
-        cache_key("another", one.rubric, "q"),
-        cache_key(one.model, other.rubric, "q"),
-        cache_key(one.model, one.rubric, "r"),
-        cache_key(one.model, one.rubric, "q", 1),
-    ]
-    assert len(set(keys)) == 5
-    assert {len(key) for key in keys} == {64}, "a custom_id of a batch has at most 64 characters"
-    own.write_text("Say yes to everything.")
-    names = {
-        one.name,
-        other.name,
-        ClaudeJudge(rubric="own.txt", folder=tmp_path).name,
-        ClaudeJudge(model="claude-opus-5").name,
-    }
-    assert len(names) == 4
-    assert load_judge("claude").name == "claude claude-sonnet-4-6 v1"
-    assert load_judge({"name": "claude", "cache": "here.sqlite"}, tmp_path).store.path == tmp_path / "here.sqlite"
-    assert one.store.path == default_path() == tmp_path / "home" / "unfeign" / "verdicts.sqlite"
-
-
-def test_many_writers_share_a_cache(cache):
-    def write(worker: int) -> None:
-        store = VerdictCache(cache)
-        for i in range(25):
-            store.put(f"{worker}-{i}", reading())
-
-    with ThreadPoolExecutor(8) as threads:
-        list(threads.map(write, range(8)))
-    assert len(VerdictCache(cache).get([f"{w}-{i}" for w in range(8) for i in range(25)])) == 200
 
 
 def test_a_file_that_is_no_cache(tmp_path):
