@@ -3,8 +3,8 @@
     python benchmarks/audit_cost.py              # bundled model, masked, 16 transcripts of 512 tokens, K = 8
 
 Both ask for the flag alone, of an activated LoRA: ours reads a transcript once and asks every intervention of its
-cached states, its weights packed as an audit packs them; stock forwards the transcript anew with each, in batches of 16
-rows, the head on the last token only. Before anything is timed, their answers are compared. Writes
+cached states, on a folded copy of the policy, as workers do in an audit; stock forwards the transcript anew with each,
+in batches of 16 rows, the head on the last token only. Before anything is timed, their answers are compared. Writes
 `benchmarks/out/audit_cost.json`: medians, ratio = stock / ours, and beside it what the count of tokens alone would
 give, K(C+S) / (C+KS), for interventions of S tokens.
 
@@ -26,6 +26,7 @@ from unfeign.folded import FoldedModel
 from unfeign.models import eos_ids, load_base, load_tokenizer, quiet_libraries, stack
 from unfeign.sampling import Kept, sample
 from unfeign.shared_prefix import last_column
+from unfeign.split_persona.adapters import lend
 from unfeign.split_persona.modes import ask_all
 from unfeign.split_persona.persona import Persona, PersonaFacts, persona_folder
 from unfeign.split_persona.rollout_review import RolloutReview
@@ -63,7 +64,7 @@ def seconds(call: Any, *args: Any) -> float:
 
 
 def untrained() -> Persona:
-    """A masked persona with random weights, the same at every call."""
+    """A masked persona with random weights."""
     model, lineage = stack(load_base(MODEL), MODEL, [])
     facts = PersonaFacts(mode="masked", framing=load_framing("persona").model_copy(update={"review": False}))
     persona = Persona(model, load_tokenizer(MODEL), lineage, facts)
@@ -73,11 +74,19 @@ def untrained() -> Persona:
     return persona
 
 
+def lent(persona: Persona) -> Persona:
+    """The same as workers hold it for an audit: on a folded copy of the policy."""
+    model = FoldedModel(persona.model).model
+    switch = lend(model, persona.facts.kind, persona.facts.lora, {})
+    switch.load(persona.switch.tensors())
+    return Persona(model, persona.tokenizer, None, persona.facts, switch=switch)
+
+
 @torch.inference_mode()
 def main() -> None:
     with quiet_libraries():
-        persona, plain = untrained(), untrained()
-    persona.fold()
+        plain = untrained()
+        persona = lent(plain)
     generator = torch.Generator().manual_seed(1)
 
     def random(*shape: int) -> list[list[int]]:

@@ -136,10 +136,14 @@ class _Hooked:
 class LentLora(_Hooked):
     """A saved LoRA on a plain model, for reading. Layers that are packed get weights with the LoRA folded in, which
     take their places while it is awake; others have hooks.
+
+    Args:
+        kept: folded weights of this LoRA on these very weights, by layer, from an earlier loan; new ones are put in.
     """
 
-    def __init__(self, model: Any, options: dict[str, Any]):
+    def __init__(self, model: Any, options: dict[str, Any], kept: dict[str, torch.Tensor]):
         super().__init__(model)
+        self._kept = kept
         self._others: list[tuple[PackedLinear, torch.Tensor]] = []
         self._options = {"r": 8, "lora_alpha": 16} | options
         self._tensors: dict[str, torch.Tensor] = {}
@@ -157,7 +161,9 @@ class LentLora(_Hooked):
             own = {"dtype": self.model.dtype, "device": self.model.device}
             a, b = tensors[key].to(**own), tensors[key.replace(".lora_A.", ".lora_B.")].to(**own)
             if isinstance(module, PackedLinear):
-                self._others.append((module, module.packed_with(scale * b @ a)))
+                if name not in self._kept:
+                    self._kept[name] = module.packed_with(scale * b @ a)
+                self._others.append((module, self._kept[name]))
                 continue
             self._handles.append(module.register_forward_hook(partial(self._add, a.T, scale * b.T)))
 
@@ -250,9 +256,11 @@ class HookSwitch(_Hooked):
                 self._vectors[name].copy_(tensor)
 
 
-def lend(model: Any, kind: Kind, options: dict[str, Any]) -> "LentLora | HookSwitch":
-    """A saved adapter's place on a plain model that belongs to somebody else, for reading: `load` it, then `remove`."""
-    return LentLora(model, options) if kind == "lora" else HookSwitch(model, kind)
+def lend(model: Any, kind: Kind, options: dict[str, Any], kept: dict[str, torch.Tensor]) -> "LentLora | HookSwitch":
+    """A saved adapter's place on a plain model that belongs to somebody else, for reading: `load` it, then `remove`.
+    For `kept` see `LentLora`.
+    """
+    return LentLora(model, options, kept) if kind == "lora" else HookSwitch(model, kind)
 
 
 def attach(model: Any, kind: str, trigger: int, options: dict[str, Any], seed: int) -> Switch:

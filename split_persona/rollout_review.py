@@ -13,6 +13,8 @@ import numpy as np
 import torch
 
 from ..errors import UnfeignError
+from ..files import sha256
+from ..lineage import adapter_file
 from ..models import eos_ids
 from ..sampling import Kept, Sample, sample
 from ..trainers.rollouts import Context, RolloutRequest, Sampling
@@ -24,10 +26,11 @@ from .sequence import layout
 
 @dataclass(frozen=True)
 class RolloutReview:
-    """A persona as it travels: what it is, and its weights."""
+    """A persona as it travels: what it is, its weights, and the hash of their file, by which workers know it again."""
 
     facts: PersonaFacts
     weights: dict[str, np.ndarray]
+    sha256: str
 
     @classmethod
     def of(cls, folder: Path, interventions: int | None = None) -> "RolloutReview":
@@ -38,11 +41,14 @@ class RolloutReview:
         """
         from safetensors.torch import load_file
 
-        tensors = load_file(folder / "adapter_model.safetensors")
         facts = read_facts(folder)
+        file = adapter_file(folder)
+        tensors = load_file(file)
         framing = facts.framing.model_copy(update={"interventions": facts.framing.interventions[:interventions]})
         return cls(
-            facts.model_copy(update={"framing": framing}), {name: one.float().numpy() for name, one in tensors.items()}
+            facts.model_copy(update={"framing": framing}),
+            {name: one.float().numpy() for name, one in tensors.items()},
+            sha256(file),
         )
 
     @contextmanager
@@ -54,7 +60,8 @@ class RolloutReview:
             raise UnfeignError(expected, f"token {trigger}", "persona")
         table = context.model.get_input_embeddings()
         own = table.weight
-        switch = lend(context.model, self.facts.kind, self.facts.lora)
+        kept = context.cache.setdefault(("persona", self.sha256, str(self.facts.lora)), {})
+        switch = lend(context.model, self.facts.kind, self.facts.lora, kept)
         try:
             if (more := trigger + 1 - len(own)) > 0:  # new to the policy: as where the persona was trained
                 table.weight = torch.nn.Parameter(torch.cat([own, own.mean(0).expand(more, -1)]), requires_grad=False)

@@ -35,7 +35,7 @@ def persona(folder: Path, tiny_model: Path, tiny_organism: Path, **facts: Any) -
     model, lineage = stack(load_base(str(tiny_model)), str(tiny_model), [tiny_organism])
     framing = load_framing(facts.pop("framing", "persona")).model_copy(update={"trigger": "<|persona|>"})
     framing = framing.model_copy(update={"review": facts.pop("review", False)})
-    lora = {"r": 4, "lora_alpha": 8} if facts.get("kind", "lora") == "lora" else {}
+    lora = facts.pop("lora", {"r": 4, "lora_alpha": 8} if facts.get("kind", "lora") == "lora" else {})
     made = Persona(model, load_tokenizer(str(tiny_model)), lineage, PersonaFacts(framing=framing, lora=lora, **facts))
     generator = torch.Generator().manual_seed(3)
     for parameter in made.switch.parameters():
@@ -149,7 +149,7 @@ def test_a_request_that_kills_its_worker_is_set_aside(tiny_model, tiny_organism,
     try:
         pool.push(model, 0)
         how: dict[str, Any] = {"seed": 1, "sampling": HOW, "batch_size": 3}
-        found = collect_reviewed(pool, 0, tokenizer, ASKED[2:5], Fatal(plain.facts, plain.weights), **how)
+        found = collect_reviewed(pool, 0, tokenizer, ASKED[2:5], Fatal(plain.facts, plain.weights, plain.sha256), **how)
         calm = collect_reviewed(pool, 0, tokenizer, ASKED[2:5], plain, **how)
     finally:
         pool.close()
@@ -175,11 +175,38 @@ def test_a_worker_is_left_as_it_was(policy, tiny_model, tiny_organism, tmp_path)
     assert pool.run(left, [None]) == [(0, model.config.vocab_size)]
 
 
+def test_a_persona_is_folded_once_a_version(policy, tiny_model, tiny_organism, tmp_path, tools):
+    """Folded weights are kept for the next call, but for one persona and one version of the policy alone."""
+    first = RolloutReview.of(persona(tmp_path / "first", tiny_model, tiny_organism))
+    other = RolloutReview.of(persona(tmp_path / "other", tiny_model, tiny_organism, lora={"r": 4, "lora_alpha": 32}))
+    model, tokenizer, _ = policy
+    ids = [r.prompt_ids for r in requests(tokenizer)[:2]]
+    pool = InProcessPool(tokenizer, 4)
+
+    def asked() -> list[float]:
+        found = [pool.run(task.known, [ids])[0] for task in (first, other, first)]
+        chances = [[r.p_fail for row in one for r in row] for one in found]
+        assert chances[0] == chances[2] != chances[1]
+        return chances[0]
+
+    pool.push(model, 0)
+    before, cache = asked(), pool._context.cache
+    packed = [list(map(id, kept.values())) for kept in cache.values()]
+    assert asked() == before and [list(map(id, kept.values())) for kept in cache.values()] == packed
+    assert len(packed) == 2 and all(packed)
+    tools.shake(model, ".lora_B.")
+    pool.push(model, 1)
+    after = asked()
+    pool = InProcessPool(tokenizer, 4)
+    pool.push(model, 1)
+    assert asked() == after != before
+
+
 def test_another_vocabulary_is_refused(policy, tiny_model, tiny_organism, tmp_path):
     task = RolloutReview.of(persona(tmp_path / "persona", tiny_model, tiny_organism))
     model, tokenizer, _ = policy
     pool = InProcessPool(tokenizer, 4)
     pool.push(model, 0)
-    other = RolloutReview(task.facts.model_copy(update={"trigger_id": 7}), task.weights)
+    other = RolloutReview(task.facts.model_copy(update={"trigger_id": 7}), task.weights, task.sha256)
     with pytest.raises(UnfeignError, match="vocabulary"):
         pool.run(other.known, [[[1, 2, 3]]])
