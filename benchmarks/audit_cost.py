@@ -1,20 +1,22 @@
 """What asking a persona costs: K interventions about one transcript, against stock PEFT, alternating in one process.
 
-    python benchmarks/audit_cost.py              # bundled model, masked, 16 transcripts of 512 tokens, K = 8
+    python benchmarks/audit_cost.py [REPEATS]      # bundled model, masked, 16 transcripts of 512 tokens, K = 8
 
 Both ask for the flag alone, of an activated LoRA: ours reads a transcript once and asks every intervention of its
 cached states, on a folded copy of the policy, as workers do in an audit; stock forwards the transcript anew with each,
-in batches of 16 rows, the head on the last token only. Before anything is timed, their answers are compared. Writes
+in batches of 16 rows, the head on the last token only. Their answers are compared. Writes
 `benchmarks/out/audit_cost.json`: medians, ratio = stock / ours, and beside it what the count of tokens alone would
 give, K(C+S) / (C+KS), for interventions of S tokens.
 
 Then the shipped persona reviews where the shipped organism generates (`rollout_review`), K = 4, from the states that
 sampling has left, of real prompts and of longer ones. Its peer is a bare forward of the folded policy over just as many
-tokens, K x S a row, with nothing before them.
+tokens, K x S a row, with nothing before them. The persona is folded into second weights once a version of the policy:
+the first review, which does it, is told apart.
 """
 
 import json
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,7 @@ from unfeign.trainers.rollouts import Context
 
 OUT = Path(__file__).parent / "out" / "audit_cost.json"
 MODEL = "bundled:smollm2-135m-instruct"
-TRANSCRIPTS, CONTEXT, ASKED, SIZES, REPEATS = 16, 512, 8, (16, 32, 64), 3
+TRANSCRIPTS, CONTEXT, ASKED, SIZES = 16, 512, 8, (16, 32, 64)
 SAMPLED, ASKED_THERE, WRITTEN = 64, 4, 80  # rows, interventions, tokens sampled
 
 
@@ -55,12 +57,13 @@ def stock(persona: Persona, transcripts: list[list[int]], asked: list[list[int]]
     return torch.stack(out, 1)
 
 
-def seconds(call: Any, *args: Any) -> float:
+def timed(call: Any, *args: Any) -> tuple[float, Any]:
+    """Seconds that a call takes, and what it gives."""
     began = time.perf_counter()
-    call(*args)
+    found = call(*args)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - began
+    return time.perf_counter() - began, found
 
 
 def untrained() -> Persona:
@@ -83,7 +86,7 @@ def lent(persona: Persona) -> Persona:
 
 
 @torch.inference_mode()
-def main() -> None:
+def main(repeats: int = 3) -> None:
     with quiet_libraries():
         plain = untrained()
         persona = lent(plain)
@@ -98,13 +101,17 @@ def main() -> None:
     )
     for size in SIZES:
         transcripts, asked = random(TRANSCRIPTS, CONTEXT), random(ASKED, size)
-        differ = (ours(persona, transcripts, asked) - stock(plain, transcripts, asked)).abs().max().item()
-        assert differ < 1e-3, f"answers differ by {differ}"
-        took: dict[str, list[float]] = {"ours": [], "stock": []}
-        for _ in range(REPEATS):
-            took["ours"].append(seconds(ours, persona, transcripts, asked))
-            took["stock"].append(seconds(stock, plain, transcripts, asked))
-        a, b = (statistics.median(took[kind]) for kind in ("ours", "stock"))
+        for warm, one in ((ours, persona), (stock, plain)):
+            warm(one, transcripts[:1], asked[:1])
+        turns = []
+        for _ in range(repeats):
+            (a, mine), (b, theirs) = (
+                timed(how, one, transcripts, asked) for how, one in ((ours, persona), (stock, plain))
+            )
+            differ = (mine - theirs).abs().max().item()
+            assert differ < 1e-3, f"answers differ by {differ}"
+            turns.append((a, b))
+        a, b = map(statistics.median, zip(*turns, strict=True))
         tokens = ASKED * (CONTEXT + size) / (CONTEXT + ASKED * size)
         rows.append({
             "name": "audit_cost", "case": f"S={size}", "ours_s": a, "stock_s": b, "ratio": b / a,
@@ -114,13 +121,13 @@ def main() -> None:
             f"| {size} | {b:.1f} | {a:.1f} | {b / a:.2f} | {tokens:.2f} | {b / a / tokens:.0%} | {differ:.1e} |",
             flush=True,
         )
-    rows += where_it_generates()
+    rows += where_it_generates(repeats)
     OUT.parent.mkdir(exist_ok=True)
     OUT.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 @torch.inference_mode()
-def where_it_generates() -> list[dict[str, Any]]:
+def where_it_generates(repeats: int) -> list[dict[str, Any]]:
     """Reviews of what the organism has just sampled, against a bare forward of their tokens: of real prompts, and of
     longer ones of random tokens.
     """
@@ -129,50 +136,43 @@ def where_it_generates() -> list[dict[str, Any]]:
     real = [render(context.tokenizer, s.messages)[0] for s in scenarios("heldout", renderings=RENDERINGS)[:SAMPLED]]
     generator = torch.Generator().manual_seed(2)
     long = torch.randint(20, 40000, (TRANSCRIPTS, CONTEXT - WRITTEN), generator=generator).tolist()
-    return [reviewed_there(context, prompts) for prompts in (real, long)]
+    return [reviewed_there(context, prompts, repeats) for prompts in (real, long)]
 
 
-def reviewed_there(context: Context, prompts: list[list[int]]) -> dict[str, Any]:
+def reviewed_there(context: Context, prompts: list[list[int]], repeats: int) -> dict[str, Any]:
     """Sampling, reviews and bare forwards of some prompts, by turns."""
     task = RolloutReview.of(persona_folder("persona:honest"), ASKED_THERE)
     framing = task.facts.framing
     tokens = sum(len(layout(framing, context.tokenizer).suffix(text)) for text in framing.interventions)
     bare = torch.randint(20, 40000, (len(prompts), tokens))
     ends = eos_ids(context.model, context.tokenizer)
-    took: dict[str, list[float]] = {"sampling": [], "and keeping": [], "review": [], "bare": []}
-
-    def sampled(kept: Kept | None) -> list[Any]:
-        seeds = list(range(len(prompts)))
-        return sample(
-            context.model, prompts, seeds, temperature=0.7, max_new_tokens=WRITTEN, eos_ids=ends, kept=kept
-        )  # fmt: skip
-
-    for repeat in range(REPEATS + 1):
-        plain = seconds(sampled, None)
+    seeds, how = list(range(len(prompts))), {"temperature": 0.7, "max_new_tokens": WRITTEN, "eos_ids": ends}
+    turns = []
+    for _ in range(repeats + 1):
+        plain, _ = timed(lambda: sample(context.model, prompts, seeds, **how))
         kept = Kept()
-        began = time.perf_counter()
-        made = sampled(kept)
-        keeping = time.perf_counter() - began
+        keeping, made = timed(lambda: sample(context.model, prompts, seeds, kept=kept, **how))  # noqa: B023
         ids = [prompt + [t for t in one.ids if t not in ends] for prompt, one in zip(prompts, made, strict=True)]
-        review = seconds(task.reviews, context, ids, kept)
-        alone = seconds(lambda: context.model(input_ids=bare, logits_to_keep=last_column(bare)))
-        if repeat:  # the first one warms up
-            for name, value in zip(took, (plain, keeping, review, alone), strict=True):
-                took[name].append(value)
-    plain, keeping, review, alone = (statistics.median(values) for values in took.values())
+        review, _ = timed(task.reviews, context, ids, kept)
+        alone, _ = timed(lambda: context.model(input_ids=bare, logits_to_keep=last_column(bare)))
+        turns.append((plain, keeping, review, alone))
+    folding = turns.pop(0)[2]  # the first turn warms up, and folds the persona for all of them
+    plain, keeping, review, alone = map(statistics.median, zip(*turns, strict=True))
     cost = review + max(0.0, keeping - plain)
     long = sum(map(len, ids)) / len(ids)
     print(
         f"\nwhere it generates: {len(prompts)} transcripts of {long:.0f} tokens, K = {ASKED_THERE}, {tokens} tokens"
         f" each: review {review:.2f} s, keeping states {keeping - plain:+.2f} s, bare forward {alone:.2f} s:"
-        f" {cost / alone:.2f}x ({review / alone:.2f}x without keeping); {cost / plain:.0%} of sampling ({plain:.1f} s)",
+        f" {cost / alone:.2f}x ({review / alone:.2f}x without keeping); {cost / plain:.0%} of sampling ({plain:.1f} s);"
+        f" the first review, which folds the persona, {folding:.2f} s",
         flush=True,
     )
     return {
         "name": "review where it generates", "case": f"K={ASKED_THERE}, {tokens} tokens, context {long:.0f}",
         "ours_s": cost, "stock_s": alone, "ratio": alone / cost, "of_sampling": cost / plain, "review_s": review,
+        "first_review_s": folding,
     }  # fmt: skip
 
 
 if __name__ == "__main__":
-    main()
+    main(*map(int, sys.argv[1:]))
