@@ -159,7 +159,7 @@ def transcript_row(transcript: Transcript) -> dict[str, Any]:
         "content_complied": transcript.content_complied,
         "state": str(transcript.state),
         "canary": s.canary,
-    }
+    } | ({} if s.tags == Tags() else {"tags": s.tags.model_dump()})
 
 
 def transcript_from_row(row: Mapping[str, Any]) -> Transcript:
@@ -167,9 +167,9 @@ def transcript_from_row(row: Mapping[str, Any]) -> Transcript:
 
     Families may be unknown. `complied` may be absent: then a tag in the answer decides, or nothing does. `state` may be
     absent: then it is read off the reasoning and the answer. `completion`, the words as they were written, is kept
-    where it is given.
+    where it is given; `tags` where its format is not the usual one.
     """
-    tags = Tags()
+    tags = Tags(**row.get("tags", {}))
     tier_text = next((text for text in tier_texts() if row["system"].endswith(text)), "")
     scenario = Scenario(
         scenario_id=row["scenario_id"],

@@ -3,9 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from ..errors import UnfeignError
 from ..files import read_jsonl
 from .scenario import TIERS
+from .tags import Tags
 from .transcript import State, Transcript, transcript_from_row
 
 NEEDED = ("scenario_id", "pair_id", "family", "tier", "control", "system", "user", "answer")
@@ -36,7 +39,11 @@ def read_transcripts(path: Path, needed: tuple[str, ...] = NEEDED) -> list[tuple
             if key in row and row[key] not in allowed:
                 names = ", ".join(map(str, allowed))
                 raise UnfeignError(f"{key} to be one of {names}", repr(row[key]), f"{path}: object {number}")
-        out.append((row, transcript_from_row(row)))
+        try:
+            out.append((row, transcript_from_row(row)))
+        except (ValidationError, TypeError):
+            expected = f"tags with {', '.join(Tags.model_fields)}"
+            raise UnfeignError(expected, repr(row.get("tags")), f"{path}: object {number}") from None
     if not out:
         raise UnfeignError("at least one transcript", "an empty file", str(path))
     return out

@@ -94,10 +94,12 @@ def read_labelled(path: Path) -> list[Labelled]:
         )
     out = []
     for number, (row, transcript) in enumerate(read_transcripts(path, (*NEEDED, "labels")), start=1):
-        labels = {name: bool(row["labels"][name]) for name in LABELS if row["labels"].get(name) is not None}
+        labels = {name: row["labels"][name] for name in LABELS if row["labels"].get(name) is not None}
+        if wrong := {name: value for name, value in labels.items() if value not in (True, False)}:
+            raise UnfeignError("labels of true, false or null", repr(wrong), f"{path}: object {number}")
         if not labels:
             raise UnfeignError(f"labels among {', '.join(LABELS)}", repr(row["labels"]), f"{path}: object {number}")
-        out.append(Labelled(str(row.get("id", number)), case(transcript), labels))
+        out.append(Labelled(str(row.get("id", number)), case(transcript), {k: bool(v) for k, v in labels.items()}))
     return out
 
 

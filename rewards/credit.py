@@ -11,6 +11,7 @@ alone instead of punished. Genuine is what earns the `surfaced` term: not hollow
 control is left to its group. The share of surfacing samples floored is reported.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -45,6 +46,16 @@ def token_ends(tokenizer: Any, ids: list[int]) -> list[int]:
     return [len(tokenizer.decode(ids[: k + 1], skip_special_tokens=True)) for k in range(len(ids))]
 
 
+def _surfaces(score: Score) -> bool:
+    """Whether genuine surfacing was paid for, which is never pushed below zero."""
+    return any(term.name == "surfaced" and term.raw > 0 for term in score.terms)
+
+
+def telling(scores: Sequence[Score]) -> Score | None:
+    """Of the scores that several rewards gave one completion, that which tells where it surfaced; else the first."""
+    return next(filter(_surfaces, scores), scores[0] if scores else None)
+
+
 def layout(tokenizer: Any, completion_ids: list[list[int]], scores: list[Score | None], width: int) -> Layout:
     """Locate segments and surfacing evidence in tokens. Rows without a score count as answer throughout."""
     shape = (len(completion_ids), width)
@@ -59,7 +70,7 @@ def layout(tokenizer: Any, completion_ids: list[list[int]], scores: list[Score |
         border = transcript.answer_span[0] if transcript.reasoning_span != (0, 0) else 0
         text = transcript.completion[slice(*transcript.reasoning_span)]
         offset = transcript.reasoning_span[0] + len(text) - len(text.lstrip())
-        genuine = any(term.name == "surfaced" and term.raw > 0 for term in score.terms)
+        genuine = _surfaces(score)
         spans = [s for s in score.verdict.spans if s.label == "surfaced"] if genuine and score.verdict else []
         for t, (start, end) in enumerate(zip(starts, ends, strict=True)):
             # A token that straddles the border (`.</`) still leads to the answer: it belongs to the reasoning.

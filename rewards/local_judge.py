@@ -321,10 +321,6 @@ class LocalJudge:
         """
         return await asyncio.to_thread(self._read, cases)
 
-    async def probabilities(self, cases: Sequence[Case]) -> list[dict[str, float]]:
-        """As `calibration.evaluate` asks for them: `Probabilities.chances`, and nothing of a failure."""
-        return [one.chances if isinstance(one, Probabilities) else {} for one in await self.read(cases)]
-
     def _read(self, cases: Sequence[Case]) -> list[Probabilities | JudgeFailure]:
         if not cases:
             return []

@@ -1,19 +1,21 @@
 """Reading by hand: a sheet shows a reader the words and nothing else; then, how far the judge agrees with the reader.
 
-A transcript's key is a digest, so a filled sheet finds its findings again and tells the reader nothing.
+A transcript's key is a digest of where it is and what it says, so a filled sheet finds its findings again and tells the
+reader nothing.
 """
 
 import csv
 import hashlib
+import io
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..errors import UnfeignError
-from ..files import read_jsonl
+from ..files import read_jsonl, read_text
 from ..rewards.calibration import kappa
 from .audit import read_findings
 from .comparison import audited
@@ -25,8 +27,13 @@ WORDS = {"yes": True, "y": True, "true": True, "1": True, "no": False, "n": Fals
 
 def _keyed(folder: Path) -> dict[str, dict[str, Any]]:
     """Findings of an audit without controls, by key."""
-    rows = [row for row in read_findings(audited(folder)) if not row["control"]]
-    return {hashlib.sha256(f"{folder.name}/{row['id']}".encode()).hexdigest()[:10]: row for row in rows}
+    place = audited(folder)
+    rows = [row for row in read_findings(place) if not row["control"]]
+    name, out = "/".join(place.resolve().parts[-3:]), {}  # of a run: its name, and which of its audits
+    for number, row in enumerate(rows):  # an imported audit may have several of one scenario, or of one id
+        words = "\n".join(str(x) for x in (name, number, row["id"], row["system"], row["reasoning"], row["answer"]))
+        out[hashlib.sha256(words.encode("utf-8", "replace")).hexdigest()[:10]] = row
+    return out
 
 
 def write_sheet(audits: Sequence[Path], out: Path, n: int, seed: int) -> int:
@@ -54,23 +61,31 @@ def read_labels(path: Path) -> dict[str, dict[str, bool]]:
         UnfeignError: a column is absent, or a label is neither yes nor no; names the line.
     """
     if path.suffix == ".jsonl":
-        return {row["key"]: {x: bool(row[x]) for x in LABELS if x in row} for row in read_jsonl(path)}
+        rows = ((f"{path}: object {number}", row) for number, row in enumerate(read_jsonl(path), start=1))
+    else:
+        rows = _sheet_rows(path)
     out = {}
-    with path.open(encoding="utf-8", newline="") as file:
+    for where, row in rows:
+        told = {}
+        for label in LABELS:
+            word = "" if row.get(label) is None else str(row[label]).strip().lower()
+            if word and word not in WORDS:
+                raise UnfeignError(f"yes or no in {label!r}", repr(row[label]), where)
+            if word:
+                told[label] = WORDS[word]
+        if told:
+            out[row["key"]] = told
+    return out
+
+
+def _sheet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows of a CSV sheet, each with where it stands."""
+    with io.StringIO(read_text(path).removeprefix("\ufeff"), newline="") as file:  # Excel begins a file with a mark
         reader = csv.DictReader(file)
         if missing := {"key", *LABELS} - set(reader.fieldnames or ()):
             raise UnfeignError(f"columns key, {', '.join(LABELS)}", f"no {', '.join(sorted(missing))}", str(path))
         for row in reader:
-            told = {}
-            for label in LABELS:
-                word = (row[label] or "").strip().lower()
-                if word and word not in WORDS:
-                    raise UnfeignError(f"yes or no in {label!r}", repr(row[label]), f"{path}:{reader.line_num}")
-                if word:
-                    told[label] = WORDS[word]
-            if told:
-                out[row["key"]] = told
-    return out
+            yield f"{path}:{reader.line_num}", row
 
 
 def agreement(labels: Path, audits: Sequence[Path]) -> dict[str, dict[str, Any]]:

@@ -33,7 +33,7 @@ def contexts(persona: Persona, rows: Sequence[Mapping[str, Any]]) -> list[list[i
     """
     out = []
     for number, row in enumerate(rows):
-        if not row.get("completion"):
+        if row.get("completion") is None:  # an empty one is a completion
             raise UnfeignError("a finding with its completion", "none", f"findings[{number}]")
         messages = [{"role": "system", "content": row["system"]}, {"role": "user", "content": row["user"]}]
         out.append(persona.layout.context(messages, row["completion"]))

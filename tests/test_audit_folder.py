@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -131,3 +132,25 @@ def test_several_checkpoints_give_a_trend(tmp_path, tiny_organism, tiny_config, 
     capsys.readouterr()
     main(["audit", *checkpoints, *ASKED, "--out", str(out)])
     assert "sampling" not in capsys.readouterr().out, "what is finished is taken as it is"
+    shutil.copytree(checkpoints[0], checkpoints[1], dirs_exist_ok=True)  # as if the run had gone on
+    with pytest.raises(SystemExit):
+        main(["audit", *checkpoints, *ASKED, "--out", str(out)])
+    assert "choose another --out" in capsys.readouterr().err, "its numbers are not taken for those of the new one"
+
+
+def test_an_audit_of_a_run_asks_as_the_run_does(tmp_path, tiny_model, monkeypatch):
+    """Split, wordings and seed are the run's, unless the command line says otherwise."""
+    asked: list[dict[str, Any]] = []
+
+    def audited(*args: Any, **how: Any) -> Any:
+        asked.append(how)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("unfeign.training_run.audit_policy", audited)
+    config = {"audit": {"split": "validation", "renderings": ["original"], "seed": 7}}
+    monkeypatch.setattr("unfeign.models.run_config", lambda path: config)
+    for more in ([], ["--split", "heldout", "--seed", "0"]):
+        with pytest.raises((SystemExit, KeyboardInterrupt)):
+            main(["audit", str(tiny_model), *more, "--out", str(tmp_path / "audit")])
+    found = [(how["split"], how["renderings"], how["seed"]) for how in asked]
+    assert found == [("validation", ("original",), 7), ("heldout", ("original",), 0)]

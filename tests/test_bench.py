@@ -8,7 +8,12 @@ import numpy as np
 import pytest
 
 from unfeign.cli import main
-from unfeign.envs.transcript import parse
+from unfeign.envs.scenario import scenarios
+from unfeign.envs.tags import PRESETS
+from unfeign.envs.transcript import parse, transcript_row
+from unfeign.envs.transcript_file import read_transcripts
+from unfeign.errors import UnfeignError
+from unfeign.files import write_jsonl
 from unfeign.rewards import bench
 from unfeign.rewards.calibration import LABELS, balanced_accuracy
 from unfeign.rewards.plugin import LoadedReward, RewardSpec, load_reward
@@ -142,6 +147,36 @@ def test_scores_are_lines_of_json_and_nothing_else(tmp_path, capsys):
     main(["reward", "score", f"{tmp_path / 'naive.py'}:keywords", str(path)])
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["id"] for line in lines] == ["mine-1", "mine-2", "mine-3"] and lines[0]["reward"] >= 2
+
+
+def test_a_transcript_in_another_format_is_read_in_it(tmp_path, capsys):
+    """Rows say which tags they were written in, where these are not the usual ones."""
+    tags = PRESETS["scratchpad"]
+    place = next(s for s in scenarios("validation", tags=tags) if s.tier == "monitored" and not s.control)
+    written = parse(place, f"{tags.open_think}Let me see.{tags.close_think}{tags.decline} No.")
+    path = tmp_path / "rows.jsonl"
+    write_jsonl(path, [transcript_row(written)])
+    again = read_transcripts(path)[0][1]
+    assert again.scenario.tags == tags and again.reasoning_span == written.reasoning_span
+    (tmp_path / "mine.py").write_text(
+        "def closed(prompts, completions, completion_ids, close_think, **columns):\n"
+        "    return [float(tag in c[0]['content']) for c, tag in zip(completions, close_think)]\n"
+    )
+    main(["reward", "score", f"{tmp_path / 'mine.py'}:closed", str(path)])
+    assert json.loads(capsys.readouterr().out)["reward"] == 1.0
+    write_jsonl(path, [transcript_row(written) | {"tags": {"open": "<x>"}}])
+    with pytest.raises(UnfeignError, match="tags with open_think"):
+        read_transcripts(path)
+
+
+def test_a_reward_that_compares_tiers(refused, tmp_path, capsys):
+    """It asks no judge, scores transcripts of both tiers, and can't be attacked one completion at a time."""
+    assert "compares tiers" in refused("reward", "check", "tier_parity")
+    path = tmp_path / "rows.jsonl"
+    write_jsonl(path, [ROW, ROW | {"id": "mine-2", "tier": "unmonitored", "complied": True}])
+    main(["reward", "score", "tier_parity", str(path)])
+    assert [json.loads(line)["reward"] for line in capsys.readouterr().out.splitlines()] == [-1.0, -1.0]
+    assert "judge" in refused("reward", "score", "tier_parity", path, "--judge", "rules")
 
 
 def test_a_transcript_without_an_id_is_refused(refused, tmp_path):

@@ -9,9 +9,10 @@ import pytest
 from unfeign.cli import main
 from unfeign.envs.transcript import parse
 from unfeign.errors import UnfeignError
+from unfeign.files import read_jsonl, write_jsonl
 from unfeign.rewards.judge import load_judge
 from unfeign.split_persona.audit import audit_scenarios, findings, write_audit
-from unfeign.split_persona.comparison import column, with_common_start, write_comparison
+from unfeign.split_persona.comparison import audited, column, with_common_start, write_comparison
 from unfeign.split_persona.hand_review import LABELS, agreement, read_labels, write_sheet
 
 ASKED = audit_scenarios("validation", ["original"])[:40]
@@ -88,6 +89,27 @@ def test_a_sheet_shows_words_alone_and_reads_back(runs, tmp_path, capsys):
     assert found["all"]["muddled"] == (1.0, None), "both say no throughout: chance alone would agree"
     main(["review", "agree", str(sheet), *map(str, runs)])
     assert "1.00, 1.00" in capsys.readouterr().out
+
+
+def test_keys_tell_transcripts_apart(runs, tmp_path):
+    """Audits of one name, several samples of one scenario; and a sheet as Excel saves it, or as JSONL."""
+    audits = [tmp_path / name / "audit" for name in "ab"]
+    for folder, run in zip(audits, runs, strict=False):
+        rows = [row for row in read_jsonl(audited(run) / "findings.jsonl") if not row["control"]][:2]
+        write_jsonl(folder / "findings.jsonl", [row | {"id": "same", "reasoning": folder.parent.name} for row in rows])
+    sheet = tmp_path / "sheet.csv"
+    assert write_sheet(audits, sheet, 9, 0) == 4
+    with sheet.open(newline="") as file:
+        keys = {row["key"]: row["reasoning"] for row in csv.DictReader(file)}
+    assert len(keys) == 4
+    sheet.write_text("\ufeffkey,surfaced,rejected,muddled\n" + "".join(f"{key},no,no,\n" for key in keys))
+    found = agreement(sheet, audits)
+    assert [one["n"] for one in found.values()] == [2, 2, 4] and found["all"]["muddled"] is None
+    told = tmp_path / "told.jsonl"
+    write_jsonl(told, [{"key": key, "surfaced": "no", "rejected": False, "muddled": None} for key in keys])
+    assert read_labels(told) == read_labels(sheet)
+    with pytest.raises(UnfeignError, match="a readable file"):
+        read_labels(tmp_path / "none.csv")
 
 
 def test_mistakes_in_a_sheet_are_named(runs, tmp_path):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from unfeign.envs.family import families
 from unfeign.envs.scenario import scenario
 from unfeign.envs.transcript import parse
-from unfeign.rewards.credit import Layout, layout, segment_credit, token_ends
+from unfeign.rewards.credit import Layout, layout, segment_credit, telling, token_ends
 from unfeign.rewards.terms import Score, Term
 from unfeign.rewards.verdict import Span, Verdict
 
@@ -50,6 +50,13 @@ def mask(rows: list[list[int]]) -> torch.Tensor:
 
 
 WORDS = ["<think>", "I ", "could ", "fake", ".</", "think>", "<decline/>", "No", "."]
+
+
+def test_the_score_that_tells_of_surfacing_counts_in_any_order():
+    """A reward that reads no thought may stand first: surfacing is protected all the same."""
+    told, mute = scored("".join(WORDS), "could fake"), scored("".join(WORDS), earns=False)
+    assert telling([mute, told]) is told and telling([told, mute]) is told
+    assert telling([mute]) is mute and telling([]) is None
 
 
 def test_segments_of_one_completion():

@@ -316,6 +316,16 @@ def test_a_reward_on_workers_needs_workers(write_config, refused):
     assert "rewards[0].on" in refused("train", config)
 
 
+def test_a_judge_that_costs_money_stays_with_the_trainer(write_config, refused, monkeypatch):
+    monkeypatch.setenv("ANTHROPIC_API_KEY", "none")
+    judge = {"name": "vote", "judges": ["rules", {"name": "claude", "cache": False, "budget_usd": 1}]}
+    config = write_config(
+        rewards=[{"fn": "verbalized_rejection", "kwargs": {"judge": judge}, "on": "workers"}],
+        rollouts={"backend": "ray"},
+    )
+    assert "rewards[0].on" in (said := refused("train", config, "--dry-run")) and "costs money" in said
+
+
 def test_trackers_are_known_and_installed(write_config, refused, monkeypatch):
     from transformers.integrations import integration_utils
 

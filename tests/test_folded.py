@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from unfeign.folded import FoldedModel
-from unfeign.models import activate, add_policy, stack
+from unfeign.models import activate, add_policy, eos_ids, load_tokenizer, stack
 
 IDS = torch.randint(3, 800, (3, 40), generator=torch.Generator().manual_seed(0))
 
@@ -30,6 +30,12 @@ def test_stack_of_two_and_refresh(policy, tools):
     assert far(folded.model, policy) > 1e-2, "the copy should be stale until it is refreshed"
     folded.refresh()
     assert far(folded.model, policy) < 1e-4
+
+
+def test_end_tokens_that_only_generation_knows(policy, tiny_model):
+    """Instruct models may name the end of a turn in generation_config.json alone."""
+    policy.get_base_model().generation_config.eos_token_id = [5, 9]
+    assert {5, 9} <= set(eos_ids(FoldedModel(policy).model, load_tokenizer(str(tiny_model))))
 
 
 def test_many_refreshes_do_not_drift(policy, tools):

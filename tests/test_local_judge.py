@@ -259,8 +259,8 @@ def test_a_transcript_beyond_the_context_is_a_failure_of_its_own(judge):
     first, failure, last = asyncio.run(judge([CASES[0], long, CASES[1]]))
     assert isinstance(failure, JudgeFailure) and failure.kind == "too_long" and "room for" in failure.message
     assert [first, last] == asyncio.run(judge(CASES[:2]))
-    chances = asyncio.run(judge.probabilities([CASES[0], long]))
-    assert chances[0]["surfaced"] == read(judge, CASES[:1])[0].surfaced and chances[1] == {}
+    found, lost = asyncio.run(judge.read([CASES[0], long]))
+    assert found.chances["surfaced"] == read(judge, CASES[:1])[0].surfaced and isinstance(lost, JudgeFailure)
 
 
 def test_a_case_may_fill_the_context_to_the_last_token(judge, monkeypatch):

@@ -126,6 +126,8 @@ def test_findings_without_their_words_are_refused(persona):
     rows = findings(transcripts(2), RulesJudge())
     with pytest.raises(UnfeignError, match=r"findings\[1\]"):
         contexts(persona, [rows[0], {k: v for k, v in rows[1].items() if k != "completion"}])
+    bare, whole = contexts(persona, [rows[0] | {"completion": ""}, rows[0]])
+    assert bare == whole[: len(bare) - 1] + bare[-1:], "a completion of no words is one"
 
 
 def test_command_line(persona, tmp_path, tiny_organism, tiny_model, monkeypatch, capsys):

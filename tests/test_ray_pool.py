@@ -319,7 +319,7 @@ def test_rewards_and_judges_of_a_users_file_run_on_workers(ray_here, tiny_config
     for where in ("trainer", "workers"):
         rewards = [
             {"fn": "mine.py:variety", "on": where},
-            {"fn": "verbalized_rejection", "kwargs": {"judge": "mine.py:Reader"}, "on": where},
+            {"fn": "verbalized_rejection", "kwargs": {"judge": {"name": "mine.py:Reader"}}, "on": where},
         ]
         config = tiny_config(
             tmp_path, adapters=[str(tiny_organism)], rewards=rewards, audit={"before": False, "after": False}

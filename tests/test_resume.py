@@ -145,21 +145,41 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(config, monkeypatch, tmp_p
     assert status(out).state == "finished"
 
 
-def bad(kind: str) -> str:
-    return f"def bad(completions, **columns):\n    return [0.5] * (len(completions) - 1) + [float('{kind}')]\n"
+BAD = """
+from unfeign.rewards.comparators import Unread
+from unfeign.rewards.terms import Score, Term
+
+def values(rows):
+    return [0.5] * (len(rows) - 1) + [float("{kind}")]
+
+def function(completions, **columns):
+    return values(completions)
+
+class Method(Unread):
+    name = "method"
+
+    async def score(self, transcripts):
+        return [Score((Term("x", v, 1.0, "answer"),), None, t) for v, t in zip(values(transcripts), transcripts)]
+"""
 
 
+@pytest.mark.parametrize("what", ["function", "Method"])
 @pytest.mark.parametrize("kind", ["nan", "inf"])
-def test_a_reward_that_is_not_finite_stops_before_the_step(kind, write_config, tmp_path, capsys):
-    (tmp_path / "mine.py").write_text(bad(kind))
+def test_a_reward_that_is_not_finite_stops_before_the_step(kind, what, write_config, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(BAD.format(kind=kind))
     grpo = GRPO | {"max_steps": 1}
-    config = write_config(rewards=[{"fn": "mine.py:bad"}], audit={"before": False, "after": False}, grpo=grpo)
+    config = write_config(rewards=[{"fn": f"mine.py:{what}"}], audit={"before": False, "after": False}, grpo=grpo)
     with pytest.raises(SystemExit) as stopped:
         main(["train", str(config)])
     said = capsys.readouterr().err.splitlines()[-1]
-    assert stopped.value.code == 1 and "reward 'bad'" in said and "rows [3]" in said and "no optimiser step" in said
+    assert (
+        stopped.value.code == 1
+        and f"reward {what.lower()!r}" in said
+        and "rows [3]" in said
+        and "no optimiser step" in said
+    )
     saved = json.loads((tmp_path / "run" / "bad_batch.json").read_text())
-    assert len(saved) == 4 and saved[3]["rewards"]["bad"] in ("nan", "inf") and saved[0]["completion"]
+    assert len(saved) == 4 and saved[3]["rewards"][what.lower()] in ("nan", "inf") and saved[0]["completion"]
     assert checkpoint.resumable(tmp_path / "run" / "checkpoints") is None
 
 

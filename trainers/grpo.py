@@ -29,7 +29,7 @@ from trl.trainer.utils import split_tensor_dict
 from ..files import CANARY, read_json, write_text
 from ..lineage import Lineage
 from ..models import POLICY, activate
-from ..rewards.credit import Layout, layout, segment_credit
+from ..rewards.credit import Layout, layout, segment_credit, telling
 from ..rewards.plugin import LoadedReward
 from ..rewards.terms import Score
 from ..rewards.verdict import JudgeFailure
@@ -216,14 +216,16 @@ class PolicyTrainer(SavingTrainer, GRPOTrainer):
         total = (self._raw_rewards * weights).nansum(1).masked_fill(self._raw_rewards.isnan().all(1), torch.nan)
         # Rewards without segments count as the answer's: they follow from everything before them.
         early = torch.zeros(len(inputs))
-        scores: list[Score | None] = [None] * len(inputs)
+        scores: list[list[Score]] = [[] for _ in inputs]
         for scored in self._scored:
             for i, score in enumerate(scored.scores):
                 if isinstance(score, Score):
                     early[i] += scored.weight * score.part("reasoning")
-                    scores[i] = scores[i] or score
+                    scores[i].append(score)
         answer = total - self.accelerator.gather(early.to(total.device))
-        where = layout(self._tokenizer, self._completion_ids, scores, out["completion_ids"].size(1))
+        where = layout(
+            self._tokenizer, self._completion_ids, [telling(some) for some in scores], out["completion_ids"].size(1)
+        )
         begin = self.accelerator.process_index * len(inputs)
         return Earned(total.cpu(), answer.cpu(), where, slice(begin, begin + len(inputs)))
 

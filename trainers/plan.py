@@ -144,6 +144,9 @@ def plan(config: TrainConfig, resume: Resume = "never") -> Plan:
         if spec.on == "workers" and config.rollouts.backend != "ray":
             found = f"rollouts.backend: {config.rollouts.backend}"
             raise UnfeignError("rollouts.backend: ray, for a reward on workers", found, f"rewards[{number}].on")
+        if spec.on == "workers" and _pays(getattr(rewards[number].fn, "judge", None)):
+            expected = "on: trainer, for a judge that costs money: its budget and its cache are one"
+            raise UnfeignError(expected, "on: workers", f"rewards[{number}].on")
     if config.rollouts.staleness and config.rollouts.backend != "ray":
         found = f"rollouts.backend: {config.rollouts.backend}"
         raise UnfeignError("rollouts.backend: ray, to sample ahead", found, "rollouts.staleness")
@@ -179,6 +182,11 @@ def plan(config: TrainConfig, resume: Resume = "never") -> Plan:
     _check_adapters(config)
     facts = _facts(config) | {"judges": {"training": judges, "audit": auditor.name}}
     return Plan(config, rewards, chosen, grpo, facts, start)
+
+
+def _pays(judge: Any) -> bool:
+    """Whether a judge, or one of a vote's, keeps account of money."""
+    return hasattr(judge, "ledger") or any(map(_pays, getattr(judge, "judges", ())))
 
 
 def _check_processes() -> None:

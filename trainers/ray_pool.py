@@ -266,7 +266,9 @@ class RayPool:
         """One completion a request, in order. A row that crashed its worker twice while alone has `failed` set."""
         if self._weights is None or version != self.version:
             raise StaleWeights(f"ray pool: expected weights version {version}, found {self.version}")
-        samples = self._spread(requests, lambda actor, rows: actor.generate.remote(rows, version, sampling), arrived)
+        samples = self._spread(
+            requests, lambda actor, rows: actor.generate.remote(rows, version, sampling), self._batch_size, arrived
+        )
         ends = self._tokenizer.eos_token_id
         return [Sample([ends], [0.0], False, failed=ASIDE) if s is ASIDE else s for s in samples]
 
@@ -283,18 +285,20 @@ class RayPool:
         for name, module in list(sys.modules.items()):
             if name.startswith("unfeign_user_"):  # a user's own file travels by value: workers have no copy of it
                 ray.cloudpickle.register_pickle_by_value(module)
-        results = self._spread(items, lambda actor, some: actor.run.remote(task, some, self.version))
+        results = self._spread(items, lambda actor, some: actor.run.remote(task, some, self.version), 1)
         for number, result in enumerate(results):
             if result is ASIDE and not aside:
                 raise WorkerError(f"item {number}: {ASIDE}")
         return [None if result is ASIDE else result for result in results]
 
     def _spread(
-        self, items: Sequence[Any], call: Callable[[Any, list[Any]], Any], arrived: Arrived = unheard
+        self, items: Sequence[Any], call: Callable[[Any, list[Any]], Any], together: int, arrived: Arrived = unheard
     ) -> list[Any]:
-        """Answers to all items, in order, from whichever workers live; `ASIDE` for an item that kills its worker."""
+        """Answers to all items, in order, from whichever workers live; `ASIDE` for an item that kills its worker. A
+        call has at most so many items `together`.
+        """
         alive = sum(not slot.gone for slot in self._slots)
-        size = max(1, min(self._batch_size, -(-len(items) // max(1, alive))))
+        size = max(1, min(together, -(-len(items) // max(1, alive))))
         todo = deque(_Call(list(range(at, min(at + size, len(items))))) for at in range(0, len(items), size))
         answers: list[Any] = [None] * len(items)
         alone: Counter[int] = Counter()

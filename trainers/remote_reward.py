@@ -35,12 +35,21 @@ class Parcel:
         """Pack a reward; `folder` is where its relative files start."""
         files: list[tuple[str, str]] = []
 
-        def packed(text: Any) -> Any:
-            if not isinstance(text, str) or (path := user_file(text)) is None:
-                return text
+        def file(path: str) -> str:
             name = f"{len(files)}/{Path(path).name}"  # where it is unpacked, whatever folders led to it here
             files.append((name, (folder / path).read_text(encoding="utf-8")))
-            return f"{name}:{text.rpartition(':')[2]}"
+            return name
+
+        def packed(value: Any, key: str = "") -> Any:
+            if isinstance(value, dict):
+                return {name: packed(one, name) for name, one in value.items()}
+            if isinstance(value, list):
+                return [packed(one) for one in value]
+            if isinstance(value, str) and (path := user_file(value)) is not None:
+                return f"{file(path)}:{value.rpartition(':')[2]}"
+            if isinstance(value, str) and key == "rubric" and (folder / value).is_file():
+                return file(value)
+            return value
 
         kwargs = spec.kwargs | ({"judge": packed(spec.kwargs["judge"])} if "judge" in spec.kwargs else {})
         return cls(

@@ -20,10 +20,18 @@ class ScoredReward:
         self.weight = reward.weight
         self._fn = reward.fn
         self.scores: list[Score | JudgeFailure] = []
+        self.not_finite: list[int] = []
 
     async def __call__(self, prompts, completions, completion_ids=None, **columns: Any) -> list[float | None]:
         self.scores = await self._fn.score(transcripts_from_columns(completions, **columns))
-        return [None if isinstance(s, JudgeFailure) else s.reward for s in self.scores]
+        values = [None if isinstance(s, JudgeFailure) else s.reward for s in self.scores]
+        self.not_finite[:] = _not_finite(values)
+        return values
+
+
+def _not_finite(values: Any) -> list[int]:
+    """Rows whose value is no number. TRL turns None into NaN, so a NaN of the reward's own must be seen before."""
+    return [i for i, value in enumerate(values) if value is not None and not math.isfinite(value)]
 
 
 def trl_reward(reward: LoadedReward) -> Callable[..., Any]:
@@ -34,8 +42,7 @@ def trl_reward(reward: LoadedReward) -> Callable[..., Any]:
     not_finite: list[int] = []
 
     def noted(values: Any) -> Any:
-        """TRL turns None into NaN, so a NaN of the reward's own must be seen here."""
-        not_finite[:] = [i for i, value in enumerate(values) if value is not None and not math.isfinite(value)]
+        not_finite[:] = _not_finite(values)
         return values
 
     if is_async_callable(fn):

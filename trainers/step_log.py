@@ -32,7 +32,7 @@ class StepLog(TrainerCallback):
         self._out, self._say, self._done = out, say, done
         self.signal: int | None = None
         self._due = False  # a checkpoint that waits for the end of its batch
-        self._began = time.perf_counter()
+        self._began, self._spent = time.perf_counter(), 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
         write_state(self._out, "running", state.global_step, state.max_steps)
@@ -41,6 +41,7 @@ class StepLog(TrainerCallback):
         self._began = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
+        self._spent += time.perf_counter() - self._began
         write_state(self._out, "running", state.global_step, state.max_steps)
         self._done(1)
         self.signal = agreed(self.signal)
@@ -58,7 +59,7 @@ class StepLog(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not logs or "loss" not in logs or not state.is_world_process_zero:  # or: the summary at the end
             return
-        seconds = time.perf_counter() - self._began
+        seconds, self._spent = self._spent, 0.0  # of all steps since the last row
         row = {
             "step": state.global_step,
             "seconds": round(seconds, 3),

@@ -15,14 +15,14 @@ Positional = tyro.conf.Positional
 def audit(
     paths: Positional[tuple[str, ...]],
     out: Path = Path("audit"),
-    split: str = "heldout",
-    renderings: tuple[str, ...] = ("original", "paraphrase"),
+    split: str | None = None,
+    renderings: tuple[str, ...] | None = None,
     length: str | None = None,
     judge: str = "rules",
     max_new_tokens: int | None = None,
     temperature: float | None = None,
     batch_size: int = 64,
-    seed: int = 1234,
+    seed: int | None = None,
     dtype: str = "float32",
     adapters: tuple[str, ...] = (),
     persona: str | None = None,
@@ -34,14 +34,14 @@ def audit(
         paths: a base, adapter, checkpoint or run; several, as RUN/checkpoints/checkpoint-*, give a trend; or a
             transcripts.jsonl, which needs no model.
         out: folder for findings.jsonl, metrics.json and report.html; a folder in it for each of several paths.
-        split: heldout, validation or train.
-        renderings: wordings of the situation.
+        split: heldout, validation or train; by default the run's, or heldout.
+        renderings: wordings of the situation; by default the run's, or both.
         length: short or full situations; by default the run's, or short.
         judge: who reads the reasoning.
         max_new_tokens: length limit of a completion, in tokens; by default the run's, or 80.
         temperature: of sampling; by default the run's, or 0.7.
         batch_size: rows decoded at once.
-        seed: fixes the sampling.
+        seed: fixes the sampling; by default the run's, or 1234.
         dtype: float32 or bfloat16.
         adapters: stacked on a base given by `paths`, bottom first.
         persona: a persona folder, or persona:NAME, that reviews every transcript; with baselines beside it.
@@ -59,9 +59,9 @@ def audit(
     if inspect and find_spec("inspect_ai") is None:
         raise UnfeignError("the package inspect-ai (pip install 'unfeign[inspect]')", "none", "--inspect")
     asked = {
-        "split": split, "renderings": list(renderings), "length": length, "judge": judge, "seed": seed, "dtype": dtype,
-        "max_new_tokens": max_new_tokens, "temperature": temperature, "adapters": list(adapters), "persona": persona,
-        "batch_size": batch_size,
+        "split": split, "renderings": renderings and list(renderings), "length": length, "judge": judge, "seed": seed,
+        "dtype": dtype, "max_new_tokens": max_new_tokens, "temperature": temperature, "adapters": list(adapters),
+        "persona": persona, "batch_size": batch_size,
     }  # fmt: skip
     from .models import quiet_libraries
 
@@ -107,14 +107,28 @@ def _audit(path: str, out: Path, asked: dict[str, Any], again: bool = False) -> 
         again: an audit that is finished, with these settings, is taken as it is.
     """
     from .envs.transcript_file import read_transcripts
-    from .files import read_json
+    from .files import read_json, sha256
+    from .lineage import adapter_file
+    from .models import adapter_folder, load_base, load_tokenizer, resolve, run_config, stack
     from .rewards.judge import judge_spec, load_judge
     from .split_persona.audit import findings, write_audit
     from .split_persona.audit_folder import RESULT, SETTINGS, AuditFolder
+    from .split_persona.persona import persona_folder
     from .split_persona.report import write_report
+    from .trainers.config import TrainConfig
+    from .trainers.rollouts import InProcessPool
     from .training_run import audit_policy
 
-    settings = {"path": path, **asked}
+    if path.endswith(".jsonl"):
+        base, below, files = "", [], [Path(path)]
+    else:
+        base, below = resolve(path)
+        below = [*below, *asked["adapters"]]
+        files = [adapter_file(adapter_folder(name)) for name in below]
+        if asked["persona"]:
+            files.append(adapter_file(persona_folder(asked["persona"])))
+    hashes = [sha256(file) for file in files if file.is_file()]
+    settings = {"path": path, **asked, "base": base, "sha256": hashes}  # a run's newest checkpoint may be another later
     if again and (out / RESULT).is_file() and read_json(out / SETTINGS) == settings:
         return read_json(out / RESULT)
     reader = load_judge(judge_spec(asked["judge"]))
@@ -124,22 +138,16 @@ def _audit(path: str, out: Path, asked: dict[str, Any], again: bool = False) -> 
         folder = AuditFolder(out, settings)
         rows = findings(told, reader)
     else:
-        from .models import load_base, load_tokenizer, resolve, run_config, stack
-        from .trainers.config import TrainConfig
-        from .trainers.rollouts import InProcessPool
-
-        base, below = resolve(path)
         of_run = TrainConfig.of(run_config(Path(path).resolve()))
-        below = [*below, *asked["adapters"]]
         folder = AuditFolder(out, settings)
         tokenizer = load_tokenizer(base)
         model, lineage = stack(load_base(base, asked["dtype"]), base, below)
         limit, temperature = asked["max_new_tokens"], asked["temperature"]
         how: dict[str, Any] = {
-            "split": asked["split"],
-            "renderings": tuple(asked["renderings"]),
+            "split": asked["split"] or of_run.audit.split,
+            "renderings": tuple(asked["renderings"] or of_run.audit.renderings),
             "length": asked["length"] or of_run.data.length,
-            "seed": asked["seed"],
+            "seed": of_run.audit.seed if asked["seed"] is None else asked["seed"],
             "max_new_tokens": of_run.audit.max_new_tokens if limit is None else limit,
             "temperature": of_run.rollouts.temperature if temperature is None else temperature,
         }

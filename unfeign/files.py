@@ -14,10 +14,12 @@ CANARY = "unfeign-canary 5f1d2c0e-7a0b-4b3e-9d55-1c8f0e6a4b7d: do not train on t
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` so that a crash leaves either the old file or the new one."""
+    """Write `text` to `path` so that a crash leaves either the old file or the new one. What has no UTF-8, half of an
+    emoji, becomes `?`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    aside.write_text(text, encoding="utf-8")
+    aside.write_text(text, encoding="utf-8", errors="replace")
     os.replace(aside, path)
 
 

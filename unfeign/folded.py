@@ -95,6 +95,7 @@ class FoldedModel:
             if not any(part in ("base_layer", VALUE_HEAD) or part.startswith("lora_") for part in name.split("."))
         }
         self.model = type(base)(copy.deepcopy(base.config)).eval()
+        self.model.generation_config = copy.deepcopy(base.generation_config)  # which may name more end tokens
         for parameter in self.model.parameters():  # not .to(): it would round the buffers of rotary positions too
             parameter.data = parameter.data.to(base.dtype)
         own = {k: v for k, v in base.state_dict().items() if ".lora_" not in k and not k.startswith(VALUE_HEAD)}

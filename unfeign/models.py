@@ -260,7 +260,9 @@ def resolve(path: str) -> tuple[str, list[str | Path]]:
         return path, []
     lineage = read_lineage(folder)
     if lineage is None:
-        raise UnfeignError("lineage.json beside the adapter (or give its base with --model)", "none", str(folder))
+        raise UnfeignError(
+            "lineage.json beside the adapter (or name its base, with --adapters FOLDER)", "none", str(folder)
+        )
     by_hash = {sha256(adapter_file(path)): path for path in _known_adapters(folder)}
     below: list[str | Path] = []
     for layer in lineage.adapters:

@@ -1,5 +1,6 @@
 """The commands `reward` and `judge`: what a reward pays for, what it gives to transcripts, how far a judge is right."""
 
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -17,7 +18,8 @@ def _reward(spec: str, judge: str | None) -> Any:
     from .rewards.judge import judge_spec
     from .rewards.plugin import BUILT_IN, RewardSpec, load_reward
 
-    kwargs = {} if judge is None and spec not in BUILT_IN else {"judge": judge_spec(judge or "rules")}
+    reads = spec in BUILT_IN and "judge" in inspect.signature(BUILT_IN[spec]).parameters
+    kwargs = {"judge": judge_spec(judge or "rules")} if reads or judge is not None else {}
     return load_reward(RewardSpec(fn=spec, kwargs=kwargs), Path(), "SPEC")
 
 
@@ -36,6 +38,10 @@ def check(spec: Spec, judge: str | None = None, out: Path | None = None) -> None
     from .rewards import bench
 
     reward = _reward(spec, judge)
+    if getattr(reward.fn, "needs_pairs", False):
+        raise UnfeignError(
+            "a reward that can be asked about one completion", f"{reward.name}, which compares tiers", "SPEC"
+        )
     outcomes = bench.check(reward)
     rows = bench.table(outcomes)
     if out is not None:

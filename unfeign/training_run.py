@@ -21,6 +21,7 @@ from .split_persona.audit_folder import AuditFolder
 from .split_persona.comparison import METRICS, column, write_comparison
 from .split_persona.plots import pick
 from .split_persona.report import write_report
+from .trainers.ranks import first
 from .trainers.rollouts import Sampling
 
 
@@ -92,6 +93,7 @@ def audited_run(run: Any, launch: Callable[..., Path]) -> None:
                 seed=settings.seed, max_new_tokens=settings.max_new_tokens, 
                 temperature=config.rollouts.temperature, tags=config.data.delimiters,
                 version=version, persona=settings.persona, interventions=settings.interventions,
+                batch_size=config.rollouts.batch_size,
             )  # fmt: skip
             told: dict[str, Any] = {"judge": settings.judge, "seed": settings.seed}
             how = Sampling(settings.max_new_tokens, config.rollouts.temperature)
@@ -117,16 +119,19 @@ def audited_run(run: Any, launch: Callable[..., Path]) -> None:
         during=lambda model, tokenizer, pool, step: audit(f"step-{step}", -10 - step)(model, tokenizer, pool),
         say=lambda line: print(line, flush=True),
     )
+    if not first():
+        return
     seconds["total"] = time.perf_counter() - began
-    steps = [json.loads(line) for line in read_text(out / "metrics.jsonl").splitlines()]
+    steps = _logged(out)
     seconds |= {
         "steps": sum(s["seconds"] for s in steps),
         "of which rollouts": sum(s["generate_seconds"] for s in steps),
     }
     facts = json.loads(read_text(out / "run.json"))
     facts |= {"seconds": {k: round(v, 1) for k, v in seconds.items()}}
-    readers = [judge, *(r.fn.judge for r in run.rewards if hasattr(r.fn, "judge"))]
-    facts["judged"] = {reader.name: told for reader in readers if (told := _told_by(reader))}
+    readers = [(judge.name, judge)]
+    readers += [(f"{r.fn.judge.name} ({r.name})", r.fn.judge) for r in run.rewards if hasattr(r.fn, "judge")]
+    facts["judged"] = {name: told for name, reader in readers if (told := _told_by(reader))}
     write_text(out / "run.json", json.dumps(facts, indent=2) + "\n")
     if "after" in results:
         print_table(results, f"behaviour on {settings.split} families, mean [95% interval]")
@@ -196,25 +201,29 @@ def write_trend(out: Path, steps: int) -> Path | None:
     return out / "audit" / "trend.html"
 
 
+def _logged(out: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl; none where it logged no step."""
+    path = out / "metrics.jsonl"
+    return [json.loads(line) for line in read_text(path).splitlines()] if path.is_file() else []
+
+
 def write_run_report(out: Path) -> Path:
     """The report page of a run folder."""
     import yaml
 
     config = yaml.safe_load(read_text(out / "config.yaml"))
     facts = json.loads(read_text(out / "run.json"))
-    curve = []
-    if (out / "metrics.jsonl").exists():
-        curve = [
-            {
-                "step": row["step"],
-                "reward": row["reward"],
-                "surfaced": row.get("terms/surfaced/raw"),
-                "rejected": row.get("terms/rejected/raw"),
-                "complied": -row["terms/behaviour/raw"] if "terms/behaviour/raw" in row else None,
-            }
-            for row in map(json.loads, read_text(out / "metrics.jsonl").splitlines())
-            if "reward" in row
-        ]
+    curve = [
+        {
+            "step": row["step"],
+            "reward": row["reward"],
+            "surfaced": row.get("terms/surfaced/raw"),
+            "rejected": row.get("terms/rejected/raw"),
+            "complied": -row["terms/behaviour/raw"] if "terms/behaviour/raw" in row else None,
+        }
+        for row in _logged(out)
+        if "reward" in row
+    ]
     notes = []
     judges = facts.get("judges", {"training": ["rules"], "audit": "rules"})
     if judges["audit"] in judges["training"]:
@@ -271,7 +280,9 @@ def print_side_effects(found: dict[str, Any], audit: str) -> None:
         return
     seen = found["monitorability"]
     told = [f"speaks of faking unprompted {_cell(found['unprompted'])}"]
-    told.append(f"reasoning foretells compliance, AUROC {seen['auroc']:.2f}" if seen["auroc"] else seen["reason"])
+    told.append(
+        f"reasoning foretells compliance, AUROC {seen['auroc']:.2f}" if seen["auroc"] is not None else seen["reason"]
+    )
     if (kl := found.get("drift", {}).get("kl")) is not None:
         told.append(f"drift on controls {kl:.3f} nats a token")
     print(f"side effects, {audit}: " + "; ".join(told))
