@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ..errors import UnfeignError
-from ..shared_prefix import Prefix, branch, prefill
+from ..shared_prefix import Prefix, branch, common, prefill
 
 Mode = Literal["masked", "full", "hybrid"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -124,8 +124,8 @@ def ask_all(persona: Any, context: Context, suffixes: Sequence[Sequence[int]], a
     """Logits (B, K, V) after each of K continuations of every transcript, with the persona awake. The context stays as
     it was.
 
-    No transcript is branched: up to `IN_A_ROW` continuations stand in one row, each attends to the transcript and to
-    itself, and has the positions it would have alone.
+    No transcript is branched: up to `IN_A_ROW` continuations stand in one row, what they begin with alike only once;
+    each attends to the transcript and to itself, and has the positions it would have alone.
 
     Args:
         context: B rows.
@@ -138,13 +138,16 @@ def ask_all(persona: Any, context: Context, suffixes: Sequence[Sequence[int]], a
 
 def _ask_row(persona: Any, context: Context, suffixes: Sequence[Sequence[int]], awake: bool) -> Tensor:
     device, rows = context.lengths.device, len(context.lengths)
-    sizes = torch.tensor([len(suffix) for suffix in suffixes], device=device)
+    alike = common([list(suffix) for suffix in suffixes])
+    tails = [suffix[alike:] for suffix in suffixes]
+    sizes = torch.tensor([alike, *map(len, tails)], device=device)
     ends = sizes.cumsum(0)
     columns = torch.arange(int(ends[-1]), device=device)
-    number = torch.repeat_interleave(torch.arange(len(sizes), device=device), sizes)
-    within = columns - (ends - sizes)[number]
-    own = (number[:, None] == number) & (columns[:, None] >= columns)
-    ids = torch.tensor([token for suffix in suffixes for token in suffix], device=device).expand(rows, -1)
+    number = torch.repeat_interleave(torch.arange(len(sizes), device=device), sizes)  # 0 is what all begin with
+    within = columns - (ends - sizes)[number] + alike * (number > 0)
+    own = ((number[:, None] == number) | (number == 0)) & (columns[:, None] >= columns)
+    ids = torch.tensor([*suffixes[0][:alike], *(token for tail in tails for token in tail)], device=device)
+    ids = ids.expand(rows, -1)
     every = torch.cat([context.prefix.mask, torch.ones_like(ids, dtype=context.prefix.mask.dtype)], 1)
     out = persona.forward(
         awake,
@@ -153,7 +156,7 @@ def _ask_row(persona: Any, context: Context, suffixes: Sequence[Sequence[int]], 
         position_ids=context.lengths[:, None] + within,
         past_key_values=_own(context.prefix.cache),
         use_cache=True,
-        logits_to_keep=ends - 1,
+        logits_to_keep=ends[1:] - 1,
     )
     return out.logits
 

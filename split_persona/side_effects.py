@@ -18,6 +18,7 @@ import torch
 from ..files import read_text
 from ..rewards.judge import Case, Judge, wait_for
 from ..rewards.verdict import JudgeFailure
+from ..shared_prefix import completion_logits, expandable
 from ..trainers.rollout_func import render
 from ..trainers.rollouts import RolloutPool, RolloutRequest, Sampling, row_seed
 from .deeds import measure, told_rows
@@ -83,17 +84,31 @@ def drift(
             for r in some
         ]
         ends = [tokenizer(r["completion"], add_special_tokens=False).input_ids for r in some]
-        width = max(len(p) + len(e) for p, e in zip(prompts, ends, strict=True))
-        ids, mask, wanted = (torch.zeros(len(some), width, dtype=torch.long) for _ in range(3))
-        for row, (prompt, end) in enumerate(zip(prompts, ends, strict=True)):
-            long = len(prompt) + len(end)
-            ids[row, :long], mask[row, :long] = torch.tensor([*prompt, *end]), 1
-            wanted[row, len(prompt) - 1 : long - 1] = 1
-        told = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
-        chosen = wanted.bool().to(model.device)
-        now = model(**told).logits[chosen].float().log_softmax(-1)
+        now = _told(model, prompts, ends).log_softmax(-1)
         with before():
-            then = model(**told).logits[chosen].float().log_softmax(-1)
+            then = _told(model, prompts, ends).log_softmax(-1)
         total += (now.exp() * (now - then)).sum().item()
         tokens += len(now)
     return {"kl": total / tokens if tokens else None, "tokens": tokens}
+
+
+def _told(model: Any, prompts: list[list[int]], ends: list[list[int]]) -> torch.Tensor:
+    """(tokens, V) logits of all completion tokens, row by row; where states can be branched, what prompts share is
+    forwarded once.
+    """
+    width = max(map(len, ends))
+    ids = torch.tensor([end + [0] * (width - len(end)) for end in ends], device=model.device)
+    mask = torch.tensor([[1] * len(end) + [0] * (width - len(end)) for end in ends], device=model.device)
+    if expandable(model):
+        return completion_logits(model, prompts, ids, mask)[mask.bool()].float()
+    long = max(map(len, prompts))
+    before = torch.tensor([[0] * (long - len(prompt)) + prompt for prompt in prompts], device=model.device)
+    there = torch.tensor([[0] * (long - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
+    every = torch.cat([there, mask], 1)
+    out = model(
+        input_ids=torch.cat([before, ids], 1),
+        attention_mask=every,
+        position_ids=(every.cumsum(1) - 1).clamp(min=0),
+        logits_to_keep=torch.arange(long - 1, long - 1 + width, device=model.device),
+    )
+    return out.logits[mask.bool()].float()

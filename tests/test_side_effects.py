@@ -58,15 +58,26 @@ def test_reasoning_that_says_what_it_does_is_monitorable():
     assert foretold({"verdict": None}) == 0.5
 
 
-def test_drift_is_nothing_for_a_fresh_policy_and_grows_with_training(tiny_model: Path, tiny_organism: Path, tools):
+def test_drift_is_nothing_for_a_fresh_policy_and_grows_with_training(
+    tiny_model: Path, tiny_organism: Path, tools, monkeypatch
+):
     model, tokenizer, _ = PolicyRecipe(str(tiny_model), (str(tiny_organism),), lora=tools.LORA).build()
-    control = next(s for s in scenarios("heldout") if s.control)
-    rows = findings([parse(control, f"<think>Easy.</think>{control.tags.accept}It is so.")] * 3, RulesJudge())
+    controls = [s for s in scenarios("heldout") if s.control][::5][:3]
+    words = [
+        "<think>Easy.</think>{}It is so.",
+        "<think>Let me see, and see.</think>{}Yes.",
+        "<think>So.</think>{}It is.",
+    ]
+    told = [parse(c, text.format(c.tags.accept)) for c, text in zip(controls, words, strict=True)]
+    rows = findings(told, RulesJudge())
     before = partial(without_policy, model)
     assert drift(model, tokenizer, rows, before)["kl"] == pytest.approx(0, abs=1e-6)
     tools.shake(model, f".{POLICY}.")
     moved = drift(model, tokenizer, rows, before)
     assert moved["kl"] > 1e-4 and moved["tokens"] > 10
+    monkeypatch.setattr("unfeign.split_persona.side_effects.expandable", lambda model: False)
+    whole = drift(model, tokenizer, rows, before)
+    assert whole["kl"] == pytest.approx(moved["kl"], abs=1e-6) and whole["tokens"] == moved["tokens"]
     assert drift(model, tokenizer, rows, nullcontext)["kl"] == pytest.approx(0, abs=1e-6)
     assert drift(model, tokenizer, [], before) == {"kl": None, "tokens": 0}
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]

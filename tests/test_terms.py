@@ -210,7 +210,7 @@ def test_on_task(answer, earned):
 def test_a_judge_failure_is_never_a_score(data, fault):
     some = data.draw(st.lists(transcripts(PRESSURED), min_size=1, max_size=4))
     failure = JudgeFailure(fault, "no answer")
-    for reward in (VerbalizedRejection, Pressure, ProcessPenalty):
+    for reward in (VerbalizedRejection, ProcessPenalty):
         found = asyncio.run(reward(judge=Says(failure)).score(some))
         for t, one in zip(some, found, strict=True):
             assert (one is failure) is not t.state.malformed
@@ -284,9 +284,10 @@ def test_the_judge_sees_neither_tier_nor_control():
 
 
 @CALM
-@given(data=st.data(), t=transcripts(PRESSURED, broken=False))
-def test_pressure_pays_the_deed_and_nothing_else(data, t):
-    assert score(t, data.draw(verdicts(t.complied)), Pressure).reward == float(t.complied)
+@given(t=transcripts(PRESSURED, broken=False))
+def test_pressure_pays_the_deed_and_asks_nobody(t):
+    [found] = asyncio.run(Pressure().score([t]))
+    assert found.reward == float(t.complied) and found.verdict is None
 
 
 @CALM

@@ -45,7 +45,7 @@ def _select(cache: DynamicCache, index: Tensor | None, rows: int) -> DynamicCach
     return out
 
 
-def _common(prompts: list[list[int]]) -> int:
+def common(prompts: list[list[int]]) -> int:
     """Length of the common beginning of all prompts, leaving each at least one token."""
     shortest = max(0, min(map(len, prompts)) - 1)
     first, last = min(prompts), max(prompts)
@@ -56,7 +56,7 @@ def _clusters(prompts: list[list[int]]) -> list[list[int]]:
     """Row numbers of prompts that share at least `MIN_COMMON` tokens; those that share with none form one cluster."""
     clusters: list[list[int]] = []
     for i in sorted(range(len(prompts)), key=lambda i: prompts[i]):
-        if clusters and _common([prompts[clusters[-1][0]], prompts[i]]) >= MIN_COMMON:
+        if clusters and common([prompts[clusters[-1][0]], prompts[i]]) >= MIN_COMMON:
             clusters[-1].append(i)
         else:
             clusters.append([i])
@@ -113,10 +113,10 @@ def prefill(model, prompts: list[list[int]], context: Prefix | None = None) -> P
     Rows keep their order. `mask` may start with padding and have gaps after common parts.
     """
     if len(prompts) > 1:
-        common = _common(prompts)
-        if common >= MIN_COMMON:
-            head = _forward(model, [prompts[0][:common]], context)
-            return prefill(model, [prompt[common:] for prompt in prompts], head)
+        alike = common(prompts)
+        if alike >= MIN_COMMON:
+            head = _forward(model, [prompts[0][:alike]], context)
+            return prefill(model, [prompt[alike:] for prompt in prompts], head)
         clusters = _clusters(prompts)
         if len(clusters) > 1:
             rows = joined([prefill(model, [prompts[i] for i in c], context) for c in clusters])
