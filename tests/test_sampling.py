@@ -108,3 +108,17 @@ def test_row_seeds_differ_and_repeat():
     seeds = {row_seed(run, step, row) for run in range(3) for step in range(5) for row in range(20)}
     assert len(seeds) == 300 and all(0 <= seed < 2**63 for seed in seeds)
     assert row_seed(1, 2, 3) == row_seed(1, 2, 3) != row_seed(3, 2, 1)
+
+
+def test_a_cache_that_has_to_grow_again_and_again(base, monkeypatch):
+    want = run(base, ROWS)
+    monkeypatch.setattr("unfeign.sampling.ROOM", 1)
+    assert run(base, ROWS) == want
+
+
+def test_rows_may_leave_one_by_one(base, monkeypatch):
+    want = run(base, ROWS)
+    for share in (1e-9, 1.0):
+        monkeypatch.setattr("unfeign.sampling.LEAVING", share)
+        got = run(base, ROWS)
+        assert [s.ids for s in got] == [s.ids for s in want]

@@ -5,7 +5,7 @@ import torch
 
 from unfeign.errors import UnfeignError
 from unfeign.models import add_policy
-from unfeign.shared_prefix import MIN_COMMON, branch, completion_logits, distinct, prefill
+from unfeign.shared_prefix import MIN_COMMON, branch, by_length, completion_calls, completion_logits, distinct, prefill
 
 VOCAB = 800
 
@@ -78,6 +78,28 @@ def test_logits_equal_a_plain_forward(policy, name: str):
         want = stock(policy, rows, ids, mask)
     assert got.shape == (*ids.shape, VOCAB)
     assert (got - want).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("lengths", "groups"),
+    [
+        ([5, 5, 5], [[0, 1, 2]]),
+        ([9, 10, 9, 10], [[0, 2], [1, 3]]),  # saves 2 of 40
+        ([99, 100, 99, 100], [[0, 2, 1, 3]]),  # saves 2 of 400
+        ([25, 5, 90, 25, 4, 100], [[4, 1], [0, 3], [2, 5]]),
+        ([7], [[0]]),
+    ],
+)
+def test_rows_of_like_lengths(lengths: list[int], groups: list[list[int]]):
+    assert by_length(lengths) == groups
+
+
+def test_calls_hold_little_padding(base):
+    rows, ids, mask = batch(PROMPTS["all share a beginning"], width=12)
+    calls = completion_calls(base, rows, ids, mask)
+    assert len(calls.rows) > 1 and sorted(i for some in calls.rows for i in some) == list(range(len(rows)))
+    for some, inputs in zip(calls.rows, calls.inputs, strict=True):
+        assert inputs["input_ids"].shape == (len(some), max(int(mask[i].sum()) for i in some))
 
 
 def test_one_token_completions(base):

@@ -33,7 +33,7 @@ from ..rewards.credit import Layout, layout, segment_credit, telling
 from ..rewards.plugin import LoadedReward
 from ..rewards.terms import Score
 from ..rewards.verdict import JudgeFailure
-from ..shared_prefix import completion_inputs, expandable
+from ..shared_prefix import Calls, completion_calls, expandable
 from .importance import truncated_ratio
 from .reward_functions import ScoredReward, trl_reward
 from .saving_trainer import SavingTrainer
@@ -299,16 +299,26 @@ class PolicyTrainer(SavingTrainer, GRPOTrainer):
             ids, mask = input_ids[rows], attention_mask[rows]
             prompts = [p[m.bool()].tolist() for p, m in zip(ids[:, :prompt_width], mask[:, :prompt_width], strict=True)]
             completions, real = ids[:, prompt_width:], mask[:, prompt_width:]
+            labels = completions.masked_fill(real == 0, -100)
             with self.accelerator.autocast():
-                # Ranks may differ in how many prompts they forward: only the last call goes through the wrapper that
-                # synchronizes them.
+                # Ranks may differ in how many calls they make: only the last goes through the wrapper that synchronizes
+                # them.
                 inner = self.accelerator.unwrap_model(model)
-                inputs = completion_inputs(inner, prompts, completions, real)
-                labels = completions.masked_fill(real == 0, -100)
-                out = model(**inputs, shift_labels=labels, fused_lm_head=True)
-            logps.append(out.log_probs)
-            entropies.append(out.entropy)
+                calls = completion_calls(inner, prompts, completions, real)
+                outs = [
+                    (model if n == len(calls.rows) else inner)(
+                        **inputs, shift_labels=labels[rows, : inputs["input_ids"].size(1)], fused_lm_head=True
+                    )
+                    for n, (rows, inputs) in enumerate(zip(calls.rows, calls.inputs, strict=True), 1)
+                ]
+            self._keep(calls, outs)
+            logps.append(calls.whole([out.log_probs for out in outs]))
+            if compute_entropy:
+                entropies.append(calls.whole([out.entropy for out in outs]))
         return torch.cat(logps), torch.cat(entropies) if compute_entropy else None, None
+
+    def _keep(self, calls: Calls, outs: list[Any]) -> None:
+        """What a subclass keeps of the model's outputs for a batch."""
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # a step, not the summary at the end: also for `report_to`, so in the logs themselves

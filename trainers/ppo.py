@@ -20,6 +20,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from ..errors import UnfeignError
 from ..models import VALUE_HEAD
+from ..shared_prefix import Calls
 from .config import PpoSettings
 from .gae import by_token, explained_variance, gae
 from .grpo import Earned, PolicyTrainer
@@ -111,6 +112,10 @@ class PPOTrainer(PolicyTrainer):
         self._values = torch.cat(values)
         logps, entropies, aux = zip(*parts, strict=True)
         return torch.cat(logps), torch.cat(entropies) if compute_entropy else None, aux[-1]
+
+    def _keep(self, calls: Calls, outs: list[Any]) -> None:
+        if all(isinstance(out, Valued) for out in outs):
+            self._values = calls.whole([out.token_values for out in outs])
 
     @torch.no_grad()
     def _credited(self, out: dict[str, Any], earned: Earned, mode: str) -> dict[str, Any]:

@@ -2,15 +2,20 @@
 
 Every row draws its uniforms from a generator of its own and picks tokens by inverse CDF, so a row sampled again, in
 another batch or on another worker, is the same row. Finished rows leave the batch, so the last long completion is
-cheap.
+cheap; they leave a few at a time, since every leaving copies the states of those that stay.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from transformers.cache_utils import DynamicLayer
 
 from .shared_prefix import Prefix, branch, distinct, joined, prefill
+
+ROOM = 128  # tokens by which a cache grows at a time
+LEAVING = 1 / 16  # of a batch: so many finished rows leave together
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,39 @@ def _pick(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float) -> t
     # Scaled by the last entry: rounding may leave the total short of 1, and a draw above it would fall off the end.
     choice = torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None]).squeeze(1).clamp(max=logits.size(-1) - 1)
     return choice, logps.gather(1, choice[:, None]).squeeze(1)
+
+
+class Roomy(DynamicLayer):
+    """A cache layer with room for tokens to come: one more is written there, where its parent copies all before it."""
+
+    def __init__(self, layer: DynamicLayer):
+        super().__init__()
+        assert layer.keys is not None and layer.values is not None
+        self.lazy_initialization(layer.keys, layer.values)
+        self._length = 0
+        self._buffers = [states[:, :, :0] for states in (layer.keys, layer.values)]
+        self.update(layer.keys, layer.values)
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        begin, self._length = self._length, self._length + key_states.size(2)
+        if self._length > self._buffers[0].size(2):
+            old, self._buffers = self._buffers, []
+            for states in (key_states, value_states):
+                rows, heads, _, size = states.shape
+                self._buffers.append(states.new_empty(rows, heads, self._length + ROOM, size))
+            for buffer, states in zip(self._buffers, old, strict=True):
+                buffer[:, :, :begin] = states[:, :, :begin]
+        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[:, :, begin : self._length] = states
+        return self._view()
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._buffers = [buffer[indices] for buffer in self._buffers]
+        self._view()
+
+    def _view(self) -> tuple[torch.Tensor, torch.Tensor]:
+        self.keys, self.values = (buffer[:, :, : self._length] for buffer in self._buffers)
+        return self.keys, self.values
 
 
 @dataclass
@@ -87,31 +125,36 @@ def sample(
     unique, index = distinct(prompts)
     rows = branch(prefill(model, unique), torch.tensor(index, device=device))
     cache, mask, logits = rows.cache, rows.mask, rows.last_logits
+    cache.layers = [Roomy(layer) for layer in cache.layers]
     uniforms = torch.stack(
         [torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     ).to(device)
     ends = torch.tensor(sorted(eos_ids), device=device)
     ids: list[list[int]] = [[] for _ in prompts]
     logprobs: list[list[float]] = [[] for _ in prompts]
-    alive = list(range(len(prompts)))
+    batch = torch.arange(len(prompts), device=device)  # numbers of the rows in it
+    going = torch.ones_like(batch, dtype=torch.bool)  # which of them have not ended
+
+    def keep(some: torch.Tensor) -> None:
+        if kept is not None and some.any():
+            places = some.nonzero().squeeze(1)
+            kept.add(batch[places].tolist(), branch(Prefix(cache, mask, logits), places))
+
     for step in range(max_new_tokens):
-        tokens, logps = _pick(logits, uniforms[alive, step], temperature)
-        for row, token, logp in zip(alive, tokens.tolist(), logps.tolist(), strict=True):
-            ids[row].append(token)
-            logprobs[row].append(logp)
-        going = ~torch.isin(tokens, ends)
-        if kept is not None and not going.all():
-            ended = (~going).nonzero().squeeze(1)
-            kept.add([alive[i] for i in ended.tolist()], branch(Prefix(cache, mask, logits), ended))
-        if not going.all():
-            on = going.nonzero().squeeze(1)
-            alive = [alive[i] for i in on.tolist()]
-            if not alive:
-                break
-            cache.batch_select_indices(on)
-            mask, tokens = mask[on], tokens[on]
-        if step + 1 == max_new_tokens and kept is None:
+        tokens, logps = _pick(logits, uniforms[batch, step], temperature)
+        for row, on, token, logp in zip(*(x.tolist() for x in (batch, going, tokens, logps)), strict=True):
+            if on:
+                ids[row].append(token)
+                logprobs[row].append(logp)
+        ended = going & torch.isin(tokens, ends)
+        keep(ended)
+        going &= ~ended
+        if not going.any() or (step + 1 == max_new_tokens and kept is None):
             break
+        if (~going).sum() >= LEAVING * len(batch):
+            stay = going.nonzero().squeeze(1)
+            cache.batch_select_indices(stay)
+            batch, mask, tokens, going = batch[stay], mask[stay], tokens[stay], going[stay]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         out = model(
             input_ids=tokens[:, None],
@@ -121,7 +164,6 @@ def sample(
             use_cache=True,
         )
         logits = out.logits[:, -1]
-    cut = set(alive)
-    if kept is not None and alive:  # cut at the limit: their last token has been read too
-        kept.add(alive, Prefix(cache, mask, logits))
+    cut = set(batch[going].tolist())
+    keep(going)  # cut at the limit: their last token has been read too
     return [Sample(ids[row], logprobs[row], row in cut) for row in range(len(prompts))]

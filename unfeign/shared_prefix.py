@@ -5,7 +5,7 @@ model's states of those tokens do not depend on what follows, so they are comput
 indexed (not recomputed) for every continuation. Gradients flow through the index, so training is exact too: log-probs
 equal the stock path's to rounding, at P + G*C tokens instead of G*(P + C).
 
-Not with gradient checkpointing: it drops the cache silently, so `completion_inputs` refuses it by name. Nor with caches
+Not with gradient checkpointing: it drops the cache silently, so `completion_calls` refuses it by name. Nor with caches
 that can't be indexed row by row (`expandable`): trainers then fall back to whole rows.
 """
 
@@ -22,6 +22,7 @@ from transformers.cache_utils import DynamicLayer
 from .errors import UnfeignError
 
 MIN_COMMON = 16  # tokens: below this a separate pass over a common beginning costs more than it saves
+MIN_SAVED = 0.05  # of a batch's columns: a call more must save so much padding
 
 
 @dataclass
@@ -158,9 +159,44 @@ def _caches_keys(model) -> bool:
     return "past_key_values" in inspect.signature(type(inner).forward).parameters
 
 
-def completion_inputs(model, prompts: list[list[int]], completions: Tensor, mask: Tensor) -> dict[str, Any]:
-    """Inputs for one call of the model whose outputs, (B, C, ...), predict each completion token. Every distinct prompt
-    is forwarded here, but for its last token, with which every row of the call begins.
+def by_length(lengths: list[int]) -> list[list[int]]:
+    """Row numbers in groups of like lengths, the shortest first, each to be padded to its own longest row. A group is
+    cut where that saves most columns, as long as it saves at least `MIN_SAVED` of the whole batch's.
+    """
+
+    def cut(rows: list[int]) -> list[list[int]]:
+        longest = lengths[rows[-1]]
+        saved, at = max((at * (longest - lengths[rows[at - 1]]), at) for at in range(1, len(rows) + 1))
+        if saved < MIN_SAVED * len(lengths) * max(lengths) or not saved:
+            return [rows]
+        return cut(rows[:at]) + cut(rows[at:])
+
+    return cut(sorted(range(len(lengths)), key=lambda i: lengths[i]))
+
+
+@dataclass
+class Calls:
+    """Calls of a model that together predict a batch's completions, (B, C).
+
+    `inputs` are each call's; its outputs are (b, c, ...), where the b rows are rows of the batch, and c <= C.
+    """
+
+    inputs: list[dict[str, Any]]
+    rows: list[list[int]]
+    width: int
+
+    def whole(self, parts: list[Tensor]) -> Tensor:
+        """One output of every call as (B, C, ...), in the batch's order, 0 where a call had no column."""
+        if len(parts) == 1 and parts[0].size(1) == self.width:
+            return parts[0]
+        padded = [pad(part, (0, 0) * (part.dim() - 2) + (0, self.width - part.size(1))) for part in parts]
+        order = [i for rows in self.rows for i in rows]
+        return torch.cat(padded)[[order.index(i) for i in range(len(order))]]
+
+
+def completion_calls(model, prompts: list[list[int]], completions: Tensor, mask: Tensor) -> Calls:
+    """Inputs for calls of the model whose outputs predict each completion token. Every distinct prompt is forwarded
+    here, but for its last token, with which every row of a call begins; rows of like lengths share a call.
 
     Args:
         model: a causal LM (or PEFT model) with a cache that is `expandable`.
@@ -174,20 +210,29 @@ def completion_inputs(model, prompts: list[list[int]], completions: Tensor, mask
     if model.training and getattr(model, "is_gradient_checkpointing", False):
         raise UnfeignError("gradient_checkpointing: false (it drops cached prefixes)", "true", "shared prefix")
     unique, index = distinct(prompts)
+    known = prefill(model, [p[:-1] for p in unique]) if max(map(len, unique)) > 1 else None
     last = torch.tensor([[prompt[-1]] for prompt in prompts], device=completions.device)
-    ones = mask.new_ones(len(prompts), 1)
-    inputs: dict[str, Any] = {
-        "input_ids": torch.cat([last, completions[:, :-1]], dim=1),
-        "attention_mask": torch.cat([ones, mask[:, :-1]], dim=1),
-    }
-    if max(map(len, unique)) > 1:
-        rows = branch(prefill(model, [p[:-1] for p in unique]), torch.tensor(index, device=completions.device))
-        inputs["attention_mask"] = torch.cat([rows.mask.to(mask.dtype), inputs["attention_mask"]], dim=1)
-        inputs["past_key_values"] = rows.cache
-    positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
-    return inputs | {"position_ids": positions[:, -completions.size(1) :], "use_cache": True}
+    ids = torch.cat([last, completions[:, :-1]], dim=1)
+    real = torch.cat([mask.new_ones(len(prompts), 1), mask[:, :-1]], dim=1)
+    calls = Calls([], by_length(mask.sum(1).clamp(min=1).tolist()), completions.size(1))
+    for rows in calls.rows:
+        width = max(1, int(mask[rows].sum(1).max()))
+        attention, cache = real[rows, :width], None
+        if known is not None:
+            branches = branch(known, torch.tensor([index[i] for i in rows], device=completions.device))
+            attention, cache = torch.cat([branches.mask.to(mask.dtype), attention], dim=1), branches.cache
+        positions = (attention.cumsum(1) - 1).clamp(min=0)[:, -width:]
+        calls.inputs.append({
+            "input_ids": ids[rows, :width],
+            "attention_mask": attention,
+            "position_ids": positions,
+            "past_key_values": cache,
+            "use_cache": True,
+        })  # fmt: skip
+    return calls
 
 
 def completion_logits(model, prompts: list[list[int]], completions: Tensor, mask: Tensor) -> Tensor:
-    """Logits that predict each completion token, (B, C, V); see `completion_inputs`."""
-    return model(**completion_inputs(model, prompts, completions, mask)).logits
+    """Logits that predict each completion token, (B, C, V); see `completion_calls`."""
+    calls = completion_calls(model, prompts, completions, mask)
+    return calls.whole([model(**inputs).logits for inputs in calls.inputs])
