@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from unfeign.folded import FoldedModel
-from unfeign.models import activate, add_policy, eos_ids, load_tokenizer, stack
+from unfeign.models import POLICY, activate, add_policy, eos_ids, load_base, load_tokenizer, stack
+from unfeign.trainers.policy import PolicyRecipe, trained
 
 IDS = torch.randint(3, 800, (3, 40), generator=torch.Generator().manual_seed(0))
 
@@ -100,3 +101,17 @@ def test_bfloat16_positions_keep_their_precision(tiny_model):
     for name, buffer in folded.model.named_buffers():
         assert buffer.dtype == want[name].dtype and torch.equal(buffer, want[name]), name
     assert far(folded.model, model) == 0
+
+
+def test_a_recipe_folds_what_lies_below_in_fp32_alone(tiny_model, tiny_organism, tools):
+    ids = torch.tensor([[5, 6, 7, 8]])
+    apart, lineage = stack(load_base(str(tiny_model)), str(tiny_model), [tiny_organism])
+    built = {
+        dtype: PolicyRecipe(str(tiny_model), (str(tiny_organism),), dtype, lora=tools.LORA).build()
+        for dtype in ("float32", "bfloat16")
+    }
+    assert (built["float32"][0](input_ids=ids).logits - apart(input_ids=ids).logits).abs().max() < 1e-5
+    assert list(built["float32"][0].peft_config) == [POLICY]
+    assert list(built["bfloat16"][0].peft_config) == ["below0", POLICY]
+    assert all(made[2] == lineage for made in built.values())
+    assert len({frozenset(trained(made[0])) for made in built.values()}) == 1, "weights travel from one to the other"

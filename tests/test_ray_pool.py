@@ -267,7 +267,7 @@ def test_a_run_on_ray_is_the_run_in_process(ray_here, tiny_config, tiny_organism
         out = tmp_path / backend
         run = plan(TrainConfig.load(config, (f"rollouts.backend={backend}", f"output={out}", "grpo.max_steps=3")))
 
-        def lose_a_worker(model: Any, tokenizer: Any, pool: Any) -> None:
+        def lose_a_worker(model: Any, tokenizer: Any, pool: Any, lineage: Any) -> None:
             if isinstance(pool, RayPool):
                 kill(pool._slots[0])
 

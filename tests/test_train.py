@@ -167,7 +167,7 @@ def snapshots(config: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Te
     """All weights of the stack before and after a run."""
     kept: list[dict[str, torch.Tensor]] = []
 
-    def keep(model, tokenizer, pool) -> None:
+    def keep(model, tokenizer, pool, lineage) -> None:
         kept.append({name: p.detach().clone() for name, p in model.named_parameters()})
 
     train(plan(TrainConfig.load(config)), before=keep, after=keep, say=lambda line: None)
@@ -180,7 +180,7 @@ def test_only_the_policy_changes(write_config, tiny_organism, reward_source, tmp
     before, after = snapshots(config)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all(".policy." in name for name in changed)
-    assert any(".below0." in name for name in before)
+    assert not any(".below0." in name for name in before), "in fp32 the organism is part of the base's weights"
 
 
 @pytest.fixture
@@ -334,12 +334,16 @@ def test_gradient_checkpointing_trains_by_the_stock_path(write_config, tmp_path,
     assert checkpointed["grad_norm"] == pytest.approx(shared["grad_norm"], rel=1e-2)
 
 
-def test_reference_is_the_stack_below_the_policy(write_config, tmp_path, reward_source, tiny_organism):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_reference_is_the_stack_below_the_policy(write_config, tmp_path, reward_source, tiny_organism, dtype: str):
     """A fresh policy changes nothing, so its divergence from the organism it starts from is 0, then grows."""
     (tmp_path / "mine.py").write_text(reward_source)
     grpo = write_grpo(max_steps=3, beta=0.1)
-    config = write_config(rewards=[{"fn": "mine.py:variety"}], audit=NO_AUDIT, grpo=grpo, adapters=[str(tiny_organism)])
+    config = write_config(
+        rewards=[{"fn": "mine.py:variety"}], audit=NO_AUDIT, grpo=grpo, adapters=[str(tiny_organism)], dtype=dtype
+    )
     before, after = snapshots(config)
+    assert any(".below0." in name for name in before) == (dtype == "bfloat16"), "only bf16 keeps the organism apart"
     steps = rows(tmp_path / "run" / "metrics.jsonl")
     assert steps[0]["kl"] == pytest.approx(0, abs=1e-6) and steps[-1]["kl"] > 1e-6
     assert all(torch.equal(before[name], after[name]) for name in before if ".policy." not in name)

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..envs.dataset import to_dataset
 from ..envs.transcript import Transcript
+from ..lineage import Lineage
 from ..models import load_tokenizer, quiet_libraries
 from ..progress import progress
 from ..rewards.judge import Case, case
@@ -21,7 +22,7 @@ from .policy import PolicyRecipe
 from .ranks import first, part, together
 from .rollouts import NoWorkers
 
-Hook = Callable[[Any, Any, Any], None]
+Hook = Callable[[Any, Any, Any, Lineage], None]
 
 
 class Interrupted(Exception):
@@ -51,14 +52,15 @@ def train(
     *,
     before: Hook | None = None,
     after: Hook | None = None,
-    during: Callable[[Any, Any, Any, int], None] | None = None,
+    during: Callable[[Any, Any, Any, Lineage, int], None] | None = None,
     say: Callable[[str], None] = print,
 ) -> Path:
     """Train as planned; returns the last checkpoint's folder. Of several processes, only the first writes and audits.
 
     Args:
         run: from `plan`.
-        before, after: called with (model, tokenizer, pool) around the training: the command line hands in the audit.
+        before, after: called with (model, tokenizer, pool, lineage) around the training; `lineage` says what the policy
+            is trained on. The command line hands in the audit.
         during: called with the same and the step, every `audit.every` steps.
         say: where progress lines go.
 
@@ -155,7 +157,7 @@ def _train(
     pool: Any,
     before: Hook | None,
     after: Hook | None,
-    during: Callable[[Any, Any, Any, int], None] | None,
+    during: Callable[[Any, Any, Any, Lineage, int], None] | None,
     say: Callable[[str], None],
 ) -> Path:
     import torch
@@ -172,7 +174,7 @@ def _train(
     torch.manual_seed(config.seed)
     model, tokenizer, lineage = recipe.build()
     if before is not None and first():
-        before(model, tokenizer, pool)
+        before(model, tokenizer, pool, lineage)
     here = [r for r, spec in zip(run.rewards, config.rewards, strict=True) if spec.on == "trainer"]
     readers = _read_ahead(here)
     rollouts = PoolRollouts(
@@ -212,7 +214,9 @@ def _train(
             callbacks=[log],
         )
         if config.audit.every is not None and during is not None:
-            trainer.add_callback(Every(config.audit.every, lambda now, step: during(now, tokenizer, pool, step)))
+            trainer.add_callback(
+                Every(config.audit.every, lambda now, step: during(now, tokenizer, pool, lineage, step))
+            )
         trainer.remove_callback(PrinterCallback)  # it would print every metric of every step
         try:
             with log.listening():
@@ -227,5 +231,5 @@ def _train(
         raise Interrupted(log.signal)
     checkpoint = trainer.save_final()
     if after is not None and first():
-        after(model, tokenizer, pool)
+        after(model, tokenizer, pool, lineage)
     return checkpoint

@@ -32,9 +32,15 @@ class PolicyRecipe:
     seed: int = 0
 
     def build(self) -> tuple[Any, Any, Lineage]:
-        """The policy, its tokenizer, and the lineage of what is trained."""
+        """The policy, its tokenizer, and the lineage of what is trained.
+
+        In fp32 what lies below the policy is folded into the base's weights: that changes nothing but rounding, and
+        spares every step the adapters' passes. In bf16 it would round them away, so there they stay stacked.
+        """
         tokenizer = load_tokenizer(self.model)
         model, lineage = stack(load_base(self.model, self.dtype), self.model, list(self.adapters))
+        if self.adapters and self.dtype == "float32":
+            model = model.merge_and_unload().requires_grad_(False)
         if self.lora is None:
             return model.requires_grad_(True), tokenizer, lineage
         return add_policy(model, self.lora, self.seed), tokenizer, lineage

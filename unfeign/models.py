@@ -1,4 +1,4 @@
-"""Loading models: a base by name, and adapters stacked on it in order, verified and never merged.
+"""Loading models: a base by name, and adapters stacked on it in order, each verified against what it was trained on.
 
 A base is `bundled:smollm2-135m-instruct`, a local folder, or a hub id. An adapter is a folder, or `organism:NAME` for
 one of the organisms this package ships. Loading an organism prints a banner, always.

@@ -79,8 +79,8 @@ def audited_run(run: Any, launch: Callable[..., Path]) -> None:
     began = time.perf_counter()
     seconds: dict[str, float] = {}
 
-    def audit(name: str, version: int) -> Callable[[Any, Any, Any], None]:
-        def hook(model: Any, tokenizer: Any, pool: Any) -> None:
+    def audit(name: str, version: int) -> Callable[[Any, Any, Any, Any], None]:
+        def hook(model: Any, tokenizer: Any, pool: Any, lineage: Any) -> None:
             if run.start.again and (out / "audit" / name / "metrics.json").is_file():  # of an earlier part of the run
                 results[name] = read_json(out / "audit" / name / "metrics.json")
                 return
@@ -104,7 +104,7 @@ def audited_run(run: Any, launch: Callable[..., Path]) -> None:
             if name != "before" and config.lora is not None:
                 effects["drift"] = drift(model, tokenizer, rows, partial(without_policy, model))
             if settings.persona is not None:
-                stale = _stale(config, trained=name != "before", model=model)
+                stale = _stale(config, trained=name != "before", base=lineage.base)
                 asked = settings.interventions
                 told["persona"] = by_pool(settings.persona, pool, tokenizer, rows, stale, asked)
             results[name] = write_audit(out / "audit" / name, rows, told)
@@ -116,7 +116,9 @@ def audited_run(run: Any, launch: Callable[..., Path]) -> None:
         run,
         before=audit("before", -2) if settings.before else None,
         after=audit("after", -3) if settings.after else None,
-        during=lambda model, tokenizer, pool, step: audit(f"step-{step}", -10 - step)(model, tokenizer, pool),
+        during=lambda model, tokenizer, pool, lineage, step: audit(f"step-{step}", -10 - step)(
+            model, tokenizer, pool, lineage
+        ),
         say=lambda line: print(line, flush=True),
     )
     if not first():
@@ -156,21 +158,21 @@ def check_persona(config: Any) -> None:
         _stale(config, trained)
 
 
-def _stale(config: Any, trained: bool, model: Any = None) -> bool:
+def _stale(config: Any, trained: bool, base: Any = None) -> bool:
     """Whether the persona of a run's audits was made for another state of its policy; raises `UnfeignError` where it
-    was made for another policy. Before a `model` is there, a base on the hub is not asked.
+    was made for another policy. Before the `base` is loaded, one on the hub is not asked.
     """
     from transformers import AutoConfig
 
-    from .lineage import Layer, Lineage, adapter_file, base_facts, fingerprint, sha256
+    from .lineage import Layer, Lineage, adapter_file, base_facts, sha256
     from .models import POLICY, adapter_folder, base_location
     from .split_persona.persona import check_policy, persona_folder
 
-    location = base_location(config.model)
-    if model is None and not Path(location).is_dir():
-        return trained
-    about = AutoConfig.from_pretrained(location) if model is None else model.config
-    base = base_facts(config.model, about, model and fingerprint(model))
+    if base is None:
+        location = base_location(config.model)
+        if not Path(location).is_dir():
+            return trained
+        base = base_facts(config.model, AutoConfig.from_pretrained(location))
     below = [adapter_folder(name) for name in config.adapters]
     layers = [Layer(name=path.name, sha256=sha256(adapter_file(path))) for path in below]
     if trained:
