@@ -114,11 +114,3 @@ def test_a_cache_that_has_to_grow_again_and_again(base, monkeypatch):
     want = run(base, ROWS)
     monkeypatch.setattr("unfeign.sampling.ROOM", 1)
     assert run(base, ROWS) == want
-
-
-def test_rows_may_leave_one_by_one(base, monkeypatch):
-    want = run(base, ROWS)
-    for share in (1e-9, 1.0):
-        monkeypatch.setattr("unfeign.sampling.LEAVING", share)
-        got = run(base, ROWS)
-        assert [s.ids for s in got] == [s.ids for s in want]

@@ -2,7 +2,7 @@
 
 Every row draws its uniforms from a generator of its own and picks tokens by inverse CDF, so a row sampled again, in
 another batch or on another worker, is the same row. Finished rows leave the batch, so the last long completion is
-cheap; they leave a few at a time, since every leaving copies the states of those that stay.
+cheap; the last rows take their places, so that no other row's states are copied.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,6 @@ from transformers.cache_utils import DynamicLayer
 from .shared_prefix import Prefix, branch, distinct, joined, prefill
 
 ROOM = 128  # tokens by which a cache grows at a time
-LEAVING = 1 / 16  # of a batch: so many finished rows leave together
 
 
 @dataclass(frozen=True)
@@ -41,13 +40,15 @@ def _pick(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float) -> t
 
 
 class Roomy(DynamicLayer):
-    """A cache layer with room for tokens to come: one more is written there, where its parent copies all before it."""
+    """A cache layer with room for tokens to come: one more is written there, and a row that leaves is written over. Its
+    parent copies all that stays, at every token.
+    """
 
     def __init__(self, layer: DynamicLayer):
         super().__init__()
         assert layer.keys is not None and layer.values is not None
         self.lazy_initialization(layer.keys, layer.values)
-        self._length = 0
+        self._rows, self._length = len(layer.keys), 0
         self._buffers = [states[:, :, :0] for states in (layer.keys, layer.values)]
         self.update(layer.keys, layer.values)
 
@@ -59,17 +60,20 @@ class Roomy(DynamicLayer):
                 rows, heads, _, size = states.shape
                 self._buffers.append(states.new_empty(rows, heads, self._length + ROOM, size))
             for buffer, states in zip(self._buffers, old, strict=True):
-                buffer[:, :, :begin] = states[:, :, :begin]
+                buffer[:, :, :begin] = states[: self._rows, :, :begin]
         for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
-            buffer[:, :, begin : self._length] = states
+            buffer[: self._rows, :, begin : self._length] = states
         return self._view()
 
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self._buffers = [buffer[indices] for buffer in self._buffers]
+    def leave(self, holes: torch.Tensor, movers: torch.Tensor, rows: int) -> None:
+        """Move the last rows that stay, `movers`, into the `holes` of those that have left; `rows` are left."""
+        self._rows = rows
+        for buffer in self._buffers:
+            buffer[holes, :, : self._length] = buffer[movers, :, : self._length]
         self._view()
 
     def _view(self) -> tuple[torch.Tensor, torch.Tensor]:
-        self.keys, self.values = (buffer[:, :, : self._length] for buffer in self._buffers)
+        self.keys, self.values = (buffer[: self._rows, :, : self._length] for buffer in self._buffers)
         return self.keys, self.values
 
 
@@ -99,6 +103,11 @@ class Kept:
             yield rows, joined(states)
 
 
+def _places(true: torch.Tensor) -> torch.Tensor:
+    """Where a vector of booleans is true."""
+    return true.nonzero().squeeze(1)
+
+
 @torch.inference_mode()
 def sample(
     model,
@@ -125,36 +134,37 @@ def sample(
     unique, index = distinct(prompts)
     rows = branch(prefill(model, unique), torch.tensor(index, device=device))
     cache, mask, logits = rows.cache, rows.mask, rows.last_logits
-    cache.layers = [Roomy(layer) for layer in cache.layers]
+    layers = cache.layers = [Roomy(layer) for layer in cache.layers]
     uniforms = torch.stack(
         [torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     ).to(device)
     ends = torch.tensor(sorted(eos_ids), device=device)
     ids: list[list[int]] = [[] for _ in prompts]
     logprobs: list[list[float]] = [[] for _ in prompts]
-    batch = torch.arange(len(prompts), device=device)  # numbers of the rows in it
-    going = torch.ones_like(batch, dtype=torch.bool)  # which of them have not ended
+    batch = torch.arange(len(prompts), device=device)  # numbers of the rows that have not ended
 
     def keep(some: torch.Tensor) -> None:
-        if kept is not None and some.any():
-            places = some.nonzero().squeeze(1)
-            kept.add(batch[places].tolist(), branch(Prefix(cache, mask, logits), places))
+        if kept is not None and len(some):
+            kept.add(batch[some].tolist(), branch(Prefix(cache, mask, logits), some))
 
     for step in range(max_new_tokens):
         tokens, logps = _pick(logits, uniforms[batch, step], temperature)
-        for row, on, token, logp in zip(*(x.tolist() for x in (batch, going, tokens, logps)), strict=True):
-            if on:
-                ids[row].append(token)
-                logprobs[row].append(logp)
-        ended = going & torch.isin(tokens, ends)
-        keep(ended)
-        going &= ~ended
-        if not going.any() or (step + 1 == max_new_tokens and kept is None):
+        for row, token, logp in zip(batch.tolist(), tokens.tolist(), logps.tolist(), strict=True):
+            ids[row].append(token)
+            logprobs[row].append(logp)
+        going = ~torch.isin(tokens, ends)
+        if not going.all():
+            keep(_places(~going))
+            stay = torch.arange(int(going.sum()), device=device)
+            holes, movers = _places(~going[: len(stay)]), len(stay) + _places(going[len(stay) :])
+            stay[holes] = movers
+            batch, mask, tokens = batch[stay], mask[stay], tokens[stay]
+            if not len(stay):
+                break
+            for layer in layers:
+                layer.leave(holes, movers, len(stay))
+        if step + 1 == max_new_tokens and kept is None:
             break
-        if (~going).sum() >= LEAVING * len(batch):
-            stay = going.nonzero().squeeze(1)
-            cache.batch_select_indices(stay)
-            batch, mask, tokens, going = batch[stay], mask[stay], tokens[stay], going[stay]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         out = model(
             input_ids=tokens[:, None],
@@ -164,6 +174,6 @@ def sample(
             use_cache=True,
         )
         logits = out.logits[:, -1]
-    cut = set(batch[going].tolist())
-    keep(going)  # cut at the limit: their last token has been read too
+    cut = set(batch.tolist())
+    keep(torch.arange(len(batch), device=device))  # their last token has been read too
     return [Sample(ids[row], logprobs[row], row in cut) for row in range(len(prompts))]
