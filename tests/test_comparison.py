@@ -60,7 +60,7 @@ def test_a_start_that_asked_otherwise_is_no_start(runs, tmp_path):
 
 
 def test_what_cannot_be_compared(runs, tmp_path, refused):
-    assert "at least two runs or audits, found 1" in refused("report", runs[0])
+    assert "expected a run, or at least two runs or audits" in refused("report", runs[0])
     assert "found one given twice" in refused("report", runs[0], runs[0])
     (tmp_path / "empty").mkdir()
     assert "no findings.jsonl" in refused("report", runs[0], tmp_path / "empty")

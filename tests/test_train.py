@@ -45,6 +45,13 @@ def test_run_folder_is_complete(run):
     assert not [path for path in run.out.rglob("*") if path.name.endswith((".bin", ".pt", ".pkl", ".tmp"))]
 
 
+def test_a_report_can_be_written_anew(run, tmp_path, refused):
+    main(["report", str(run.out), "--out", str(tmp_path / "again.html")])
+    assert (tmp_path / "again.html").read_text() == (run.out / "report.html").read_text()
+    (tmp_path / "run.json").write_text("{}")
+    assert "audited after training" in refused("report", tmp_path)
+
+
 def test_resolved_config_repeats_the_run(run):
     resolved = TrainConfig.load(run.out / "config.yaml")
     assert resolved.seed == 3 and resolved.data.split == "train" and resolved.grpo["max_steps"] == 2

@@ -205,18 +205,24 @@ def audit_import(paths: Positional[tuple[Path, ...]], out: Path = Path("audit"))
     print(f"written: {out}")
 
 
-def report(paths: Positional[tuple[Path, ...]], out: Path = Path("comparison.html"), title: str = "Comparison") -> None:
-    """Compare runs, seeds, comparators or audits on one page, with intervals.
+def report(paths: Positional[tuple[Path, ...]], out: Path | None = None, title: str = "Comparison") -> None:
+    """Compare runs, seeds, comparators or audits on one page, with intervals; of one run alone, write its report anew.
 
     Args:
         paths: run folders with audit/after, or audit folders.
-        out: the page.
-        title: its heading.
+        out: the page: comparison.html if not given, or report.html in the one run's folder.
+        title: heading of a comparison.
     """
-    if len(paths) < 2:
-        raise UnfeignError("at least two runs or audits", str(len(paths)), "report")
-    if out.is_dir():
+    if out is not None and out.is_dir():
         raise UnfeignError("a file", "a folder", f"--out {out}")
+    if len(paths) == 1:
+        from .training_run import write_run_report
+
+        if not (paths[0] / "run.json").is_file():
+            raise UnfeignError("a run, or at least two runs or audits", "one that is no run", str(paths[0]))
+        print(f"report: {write_run_report(paths[0], out)}")
+        return
+    out = out or Path("comparison.html")
     from .split_persona.audit import read_findings
     from .split_persona.comparison import audited
     from .split_persona.metrics import metrics

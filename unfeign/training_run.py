@@ -209,10 +209,17 @@ def _logged(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in read_text(path).splitlines()] if path.is_file() else []
 
 
-def write_run_report(out: Path) -> Path:
-    """The report page of a run folder."""
+def write_run_report(out: Path, page: Path | None = None) -> Path:
+    """Write the report of a run folder, to `report.html` in it unless another page is named, which is returned.
+
+    Raises:
+        UnfeignError: the run has not been audited after training.
+    """
     import yaml
 
+    page = page or out / "report.html"
+    if not (out / "audit" / "after" / "findings.jsonl").is_file():
+        raise UnfeignError("a run that was audited after training", "no audit/after", str(out))
     config = yaml.safe_load(read_text(out / "config.yaml"))
     facts = json.loads(read_text(out / "run.json"))
     curve = [
@@ -236,7 +243,7 @@ def write_run_report(out: Path) -> Path:
         notes.append("!This run is a comparator: its reward punishes the thought, or leaves out the shaping.")
     before = out / "audit" / "before"
     write_report(
-        out / "report.html",
+        page,
         title=out.name,
         before=read_findings(before) if before.exists() else None,
         after=read_findings(out / "audit" / "after"),
@@ -251,7 +258,7 @@ def write_run_report(out: Path) -> Path:
             if (out / "audit" / name).exists() and (told := _told_of(out / "audit" / name, "side_effects"))
         },
     )
-    return out / "report.html"
+    return page
 
 
 def _told_of(audit: Path, what: str) -> dict[str, Any] | None:
