@@ -100,7 +100,7 @@ def _told(model: Any, prompts: list[list[int]], ends: list[list[int]]) -> torch.
     ids = torch.tensor([end + [0] * (width - len(end)) for end in ends], device=model.device)
     mask = torch.tensor([[1] * len(end) + [0] * (width - len(end)) for end in ends], device=model.device)
     if expandable(model):
-        return completion_logits(model, prompts, ids, mask)[mask.bool()].float()
+        return completion_logits(model, prompts, ids, mask).float()
     long = max(map(len, prompts))
     before = torch.tensor([[0] * (long - len(prompt)) + prompt for prompt in prompts], device=model.device)
     there = torch.tensor([[0] * (long - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)

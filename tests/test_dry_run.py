@@ -71,6 +71,7 @@ def test_mistakes_stop_a_run_as_they_stop_a_dry_run(write_config, refused, dry_r
         ({"algorithm": "ppo", "grpo": {"scale_rewards": "group"}}, ("grpo.scale_rewards", "ppo.whiten, for PPO")),
         ({"algorithm": "ppo", "grpo": {"use_bias_correction_kl": True}}, ("grpo.use_bias_correction_kl", "for PPO")),
         ({"grpo": {"cast_lm_head_to_fp32": True}}, ("grpo.cast_lm_head_to_fp32", "lora: null")),
+        ({"adapters": ["organism:verbal"], "lora": None}, ("adapters", "lora: null")),
         ({"ppo": {"lam": 0.9}}, ("algorithm: ppo, for settings of ppo",)),
         ({"grpo": {"fsdp": "full_shard"}}, ("no grpo.fsdp: weights that are split",)),
         ({"algorithm": "ppo", "ppo": {"lambda": 1}}, ("'ppo.lambda'", "'lam' (nearest key)")),

@@ -115,3 +115,14 @@ def test_a_recipe_folds_what_lies_below_in_fp32_alone(tiny_model, tiny_organism,
     assert list(built["bfloat16"][0].peft_config) == ["below0", POLICY]
     assert all(made[2] == lineage for made in built.values())
     assert len({frozenset(trained(made[0])) for made in built.values()}) == 1, "weights travel from one to the other"
+
+
+def test_a_recipe_keeps_apart_what_would_change_more_than_its_own_layer(tiny_model, base, tmp_path):
+    """An adapter of a head tied to the embedding, say."""
+    from peft import LoraConfig, get_peft_model
+
+    tuned = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["lm_head"]))
+    tuned.peft_config["default"].base_model_name_or_path = str(tiny_model)
+    tuned.save_pretrained(tmp_path / "head", save_embedding_layers=False)
+    model, _, _ = PolicyRecipe(str(tiny_model), (str(tmp_path / "head"),), lora={"r": 2}).build()
+    assert list(model.peft_config) == ["below0", POLICY]

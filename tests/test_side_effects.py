@@ -10,7 +10,7 @@ import torch
 
 from unfeign.envs.scenario import scenarios
 from unfeign.envs.transcript import parse
-from unfeign.models import POLICY, without_policy
+from unfeign.models import POLICY, add_policy, load_base, stack, without_policy
 from unfeign.rewards.rules import RulesJudge
 from unfeign.sampling import Sample
 from unfeign.split_persona.audit import findings
@@ -86,7 +86,8 @@ def test_drift_is_nothing_for_a_fresh_policy_and_grows_with_training(
 
 def test_the_policy_before_training_is_the_stack_below_it(tiny_model: Path, tiny_organism: Path, tools):
     ids = torch.tensor([[5, 6, 7, 8]])
-    model, _, _ = PolicyRecipe(str(tiny_model), (str(tiny_organism),), lora=tools.LORA).build()
+    model, _ = stack(load_base(str(tiny_model)), str(tiny_model), [tiny_organism])
+    model = add_policy(model, tools.LORA, seed=0)
     expected = model(input_ids=ids).logits
     tools.shake(model, f".{POLICY}.")
     with without_policy(model):

@@ -273,8 +273,16 @@ def _check_columns(config: TrainConfig, rewards: list[LoadedReward]) -> None:
 
 
 def _check_adapters(config: TrainConfig) -> None:
-    """Verify the stack against the base's config, without loading weights."""
+    """Verify the stack against the base's config, without loading weights.
+
+    Raises:
+        UnfeignError: as `lineage.verify`; or all weights are to be trained, and no checkpoint could tell them from the
+            adapters.
+    """
     from transformers import AutoConfig
+
+    if config.adapters and config.lora is None:
+        raise UnfeignError("a policy that is an adapter, on top of adapters", "lora: null", "adapters")
 
     location = base_location(config.model)
     if not Path(location).is_dir():

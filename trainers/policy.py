@@ -34,16 +34,34 @@ class PolicyRecipe:
     def build(self) -> tuple[Any, Any, Lineage]:
         """The policy, its tokenizer, and the lineage of what is trained.
 
-        In fp32 what lies below the policy is folded into the base's weights: that changes nothing but rounding, and
-        spares every step the adapters' passes. In bf16 it would round them away, so there they stay stacked.
+        In fp32 what lies below the policy is folded into the base's weights where `_folds`: that changes nothing but
+        rounding, and spares every step the adapters' passes. In bf16 it would round them away.
         """
         tokenizer = load_tokenizer(self.model)
         model, lineage = stack(load_base(self.model, self.dtype), self.model, list(self.adapters))
-        if self.adapters and self.dtype == "float32":
+        if self.dtype == "float32" and _folds(model):
             model = model.merge_and_unload().requires_grad_(False)
         if self.lora is None:
             return model.requires_grad_(True), tokenizer, lineage
         return add_policy(model, self.lora, self.seed), tokenizer, lineage
+
+
+def _folds(model: Any) -> bool:
+    """Whether all adapters of a stack are plain LoRA of linear layers that share no weight: not of a tied head."""
+    from peft import LoraConfig
+    from peft.tuners.lora import Linear
+
+    tuned = [m for m in model.modules() if hasattr(m, "get_base_layer")]
+    return (
+        bool(tuned)
+        and all(type(layer) is Linear for layer in tuned)
+        and model.get_output_embeddings() not in tuned
+        and all(
+            isinstance(c, LoraConfig)
+            and not (c.lora_bias or c.use_dora or c.modules_to_save or c.alora_invocation_tokens)
+            for c in model.peft_config.values()
+        )
+    )
 
 
 def trained(policy: Any) -> dict[str, np.ndarray]:

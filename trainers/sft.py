@@ -51,7 +51,7 @@ def fine_tune(
             prompts = [prompt for prompt, completions in batch for _ in completions]
             ids, mask = (x.to(model.device) for x in pad_right([c for _, completions in batch for c in completions]))
             logits = completion_logits(model, prompts, ids, mask)
-            loss = torch.nn.functional.cross_entropy(logits[mask.bool()].float(), ids[mask.bool()])
+            loss = torch.nn.functional.cross_entropy(logits.float(), ids[mask.bool()])
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()

@@ -1,6 +1,6 @@
 """A folded copy of a stacked policy, for generation only.
 
-Training keeps adapters stacked on a frozen base. Decoding pays for each adapter in every layer at every token, so
+Training keeps the policy's adapter on a frozen base. Decoding pays for each adapter in every layer at every token, so
 rollouts use a plain copy of the model whose weights hold base + adapters, refolded (not unmerged: that would drift)
 from the untouched base at every version. On a CPU the linear layers are packed into oneDNN's own layout, which about
 halves the time of a decoding step; log-probs agree with the stacked model within 1e-4 in fp32.

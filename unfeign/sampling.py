@@ -134,7 +134,8 @@ def sample(
     unique, index = distinct(prompts)
     rows = branch(prefill(model, unique), torch.tensor(index, device=device))
     cache, mask, logits = rows.cache, rows.mask, rows.last_logits
-    layers = cache.layers = [Roomy(layer) for layer in cache.layers]
+    for i, layer in enumerate(cache.layers):  # one by one: both would fill the memory
+        cache.layers[i] = Roomy(layer)
     uniforms = torch.stack(
         [torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     ).to(device)
@@ -161,7 +162,7 @@ def sample(
             batch, mask, tokens = batch[stay], mask[stay], tokens[stay]
             if not len(stay):
                 break
-            for layer in layers:
+            for layer in cache.layers:
                 layer.leave(holes, movers, len(stay))
         if step + 1 == max_new_tokens and kept is None:
             break

@@ -23,6 +23,7 @@ from .errors import UnfeignError
 
 MIN_COMMON = 16  # tokens: below this a separate pass over a common beginning costs more than it saves
 MIN_SAVED = 0.05  # of a batch's columns: a call more must save so much padding
+MIN_BUSY = 8192  # columns of a call that keep a GPU busy: a smaller one gains nothing from being cut
 
 
 @dataclass
@@ -159,15 +160,16 @@ def _caches_keys(model) -> bool:
     return "past_key_values" in inspect.signature(type(inner).forward).parameters
 
 
-def by_length(lengths: list[int]) -> list[list[int]]:
+def by_length(lengths: list[int], busy: int = 0) -> list[list[int]]:
     """Row numbers in groups of like lengths, the shortest first, each to be padded to its own longest row. A group is
-    cut where that saves most columns, as long as it saves at least `MIN_SAVED` of the whole batch's.
+    cut where that saves most columns, as long as it saves at least `MIN_SAVED` of the whole batch's, and holds at least
+    `busy` columns itself.
     """
 
     def cut(rows: list[int]) -> list[list[int]]:
         longest = lengths[rows[-1]]
         saved, at = max((at * (longest - lengths[rows[at - 1]]), at) for at in range(1, len(rows) + 1))
-        if saved < MIN_SAVED * len(lengths) * max(lengths) or not saved:
+        if saved < MIN_SAVED * len(lengths) * max(lengths) or not saved or len(rows) * longest < busy:
             return [rows]
         return cut(rows[:at]) + cut(rows[at:])
 
@@ -214,7 +216,8 @@ def completion_calls(model, prompts: list[list[int]], completions: Tensor, mask:
     last = torch.tensor([[prompt[-1]] for prompt in prompts], device=completions.device)
     ids = torch.cat([last, completions[:, :-1]], dim=1)
     real = torch.cat([mask.new_ones(len(prompts), 1), mask[:, :-1]], dim=1)
-    calls = Calls([], by_length(mask.sum(1).clamp(min=1).tolist()), completions.size(1))
+    busy = 0 if mask.device.type == "cpu" else MIN_BUSY
+    calls = Calls([], by_length(mask.sum(1).clamp(min=1).tolist(), busy), completions.size(1))
     for rows in calls.rows:
         width = max(1, int(mask[rows].sum(1).max()))
         attention, cache = real[rows, :width], None
@@ -233,6 +236,12 @@ def completion_calls(model, prompts: list[list[int]], completions: Tensor, mask:
 
 
 def completion_logits(model, prompts: list[list[int]], completions: Tensor, mask: Tensor) -> Tensor:
-    """Logits that predict each completion token, (B, C, V); see `completion_calls`."""
+    """Logits that predict the completion tokens, (tokens, V), row by row; see `completion_calls`."""
     calls = completion_calls(model, prompts, completions, mask)
-    return calls.whole([model(**inputs).logits for inputs in calls.inputs])
+    found = []
+    for rows, inputs in zip(calls.rows, calls.inputs, strict=True):
+        found.append(model(**inputs).logits[mask[rows, : inputs["input_ids"].size(1)].bool()])
+    if len(found) == 1:
+        return found[0]
+    order = torch.tensor([i for rows in calls.rows for i in rows], device=mask.device)
+    return torch.cat(found)[order.repeat_interleave(mask.sum(1)[order]).argsort(stable=True)]

@@ -244,7 +244,7 @@ def write_run_report(out: Path, page: Path | None = None) -> Path:
     before = out / "audit" / "before"
     write_report(
         page,
-        title=out.name,
+        title=out.resolve().name,
         before=read_findings(before) if before.exists() else None,
         after=read_findings(out / "audit" / "after"),
         run={"model": config["model"], "adapters": ", ".join(config["adapters"]), "seed": config["seed"], **facts},
