@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import ray
 import torch
+from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError
 
 from unfeign.trainers.policy import PolicyRecipe, put, trained
 from unfeign.trainers.ray_pool import RayPool, WeightsDiffer, Worker
@@ -138,6 +139,25 @@ def test_killed_workers_are_replaced_and_nothing_changes(pool, policy, tokenizer
         kill(slot)
     assert same(pool.generate(requests(10), 1, SAMPLING), here(policy, tokenizer, requests(10)))
     assert pool.counts["died"] == 2 and not any(slot.gone for slot in pool._slots)
+
+
+@pytest.mark.parametrize(
+    "error", [OutOfMemoryError("no memory"), NodeDiedError("no machine"), ObjectLostError("00", "", "")], ids=repr
+)
+def test_a_worker_lost_in_another_way(pool, policy, tokenizer, monkeypatch, error):
+    """Ray has errors of their own for these; raised here in the place of an answer that real workers gave."""
+    get, left = ray.get, [error]
+
+    def lossy(ref: Any, **settings: Any) -> Any:
+        found = get(ref, **settings)
+        if left and isinstance(found, list):
+            raise left.pop()
+        return found
+
+    monkeypatch.setattr(ray, "get", lossy)
+    pool.counts.clear()
+    assert same(pool.generate(requests(10), 1, SAMPLING), here(policy, tokenizer, requests(10)))
+    assert pool.counts["died"] == 1 and not left
 
 
 def test_a_killed_worker_is_replaced_at_the_next_push(pool, policy, tokenizer):

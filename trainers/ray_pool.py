@@ -24,7 +24,14 @@ from typing import Any
 
 import ray
 import torch
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import (
+    GetTimeoutError,
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayTaskError,
+)
 
 from ..sampling import Sample
 from .policy import PolicyRecipe, put, trained
@@ -47,6 +54,8 @@ WINDOW = 2  # calls out at once, a worker: one that runs, one that waits
 TOLERANCE = {"float32": 1e-3, "bfloat16": 2.0}  # of log-probs after the first push, nats
 ASIDE = "crashed its worker twice"
 PROBE = "You are asked a plain question. Think first, then answer in one sentence."
+# A worker is lost with its process, killed for want of memory or otherwise, its machine, or what it had answered.
+DIED = (RayActorError, OutOfMemoryError, NodeDiedError, ObjectLostError)
 
 
 class WeightsDiffer(WorkerError):
@@ -114,7 +123,7 @@ class _Slot:
         """Whether the actor has built its policy and taken the weights, alive or not by now."""
         try:
             ray.get(self.ready, timeout=0)
-        except (GetTimeoutError, RayActorError, RayTaskError):
+        except (GetTimeoutError, RayTaskError, *DIED):
             return False
         return True
 
@@ -221,7 +230,7 @@ class RayPool:
                 except GetTimeoutError:
                     self._replace(slot, "timeout", f"no answer in {self._patience(slot):g} s")
                     waiting += [] if slot.gone else [slot]
-                except RayActorError as error:
+                except DIED as error:
                     self._replace(slot, "died", str(error))
                     waiting += [] if slot.gone else [slot]
                 except RayTaskError as error:
@@ -354,7 +363,7 @@ class RayPool:
                 assert slot is not None
                 try:
                     found = ray.get(ref)
-                except RayActorError as error:
+                except DIED as error:
                     again(ref, "died", str(error))
                     continue
                 except RayTaskError as error:
