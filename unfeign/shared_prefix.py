@@ -217,9 +217,10 @@ def completion_calls(model, prompts: list[list[int]], completions: Tensor, mask:
     ids = torch.cat([last, completions[:, :-1]], dim=1)
     real = torch.cat([mask.new_ones(len(prompts), 1), mask[:, :-1]], dim=1)
     busy = 0 if mask.device.type == "cpu" else MIN_BUSY
-    calls = Calls([], by_length(mask.sum(1).clamp(min=1).tolist(), busy), completions.size(1))
+    lengths = mask.sum(1).clamp(min=1).tolist()
+    calls = Calls([], by_length(lengths, busy), completions.size(1))
     for rows in calls.rows:
-        width = max(1, int(mask[rows].sum(1).max()))
+        width = lengths[rows[-1]]
         attention, cache = real[rows, :width], None
         if known is not None:
             branches = branch(known, torch.tensor([index[i] for i in rows], device=completions.device))
