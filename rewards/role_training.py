@@ -21,9 +21,7 @@ from .outline import Outline, outline
 from .roles import BUCKETS, ROLES, WEIGHTS, features, read, scale
 
 FOLDS, EPOCHS, BATCH, RATE, DECAY = 5, 6, 256, 0.02, 1e-5
-ORDERS = (
-    2  # shuffles that the weights are averaged over, since one alone moves some classes of the bench by a case or two
-)
+ORDERS = 2  # shuffles that the weights are averaged over: one alone moves some classes of the bench by a case or two
 
 
 def corpus() -> list[dict[str, Any]]:
