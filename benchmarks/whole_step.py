@@ -44,7 +44,7 @@ class EndlessWorker(Worker):
     def __init__(self, *args: Any):
         super().__init__(*args)
         self._tokenizer.eos_token = NEVER
-        self._policy.get_base_model().config.eos_token_id = self._tokenizer.eos_token_id
+        self._policy.get_base_model().generation_config.eos_token_id = self._tokenizer.eos_token_id
 
 
 class EndlessPool(RayPool):
