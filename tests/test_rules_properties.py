@@ -12,7 +12,8 @@ from unfeign.envs.scenario import scenario
 from unfeign.envs.transcript import parse
 from unfeign.rewards.judge import case
 from unfeign.rewards.role_training import corpus
-from unfeign.rewards.rules import _SENTENCE, judge_case
+from unfeign.rewards.rules import judge_case
+from unfeign.rewards.sentences import _SENTENCE
 from unfeign.rewards.verbalized_rejection import VerbalizedRejection
 
 FAMILY = families()["flattery"]
