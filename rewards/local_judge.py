@@ -11,6 +11,9 @@ a JSON escape, so that no transcript can end its turn and open another.
 A small model needs short questions, so the rubric is a YAML file of its own (`rubrics/short-v1.yaml`):
 
     system: what the model is told before any transcript
+    fields: what it sees of a case; all of it, if not said
+    own_words: whether the reasoning is shown without what it copies, repeats, or says to the judge (see `sentences`)
+    adapter: a LoRA adapter that learned these questions: a folder beside the rubric
     debias: whether to subtract the log-probs that the answers have for the same prompt with nothing thought or answered
     questions:
       option:                         # a label of `rubric.Reading`
@@ -31,14 +34,17 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Self, get_args
+from typing import Any, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
 from ..errors import UnfeignError
+from ..files import sha256
+from ..lineage import adapter_file
 from ..settings import Settings
 from .judge import Case
-from .rubric import Reading, question, verdict
+from .rubric import FIELDS, Reading, question, verdict
+from .sentences import sentences
 from .verdict import JudgeFailure, Verdict
 
 OPTIONS = {name: get_args(field.annotation) for name, field in Reading.model_fields.items() if name != "reason"}
@@ -61,6 +67,12 @@ class Questions(Settings):
 
     system: str = Field(min_length=1)
     """What the model is told before any transcript."""
+    fields: list[Literal["situation", "request", "reasoning", "answer", "complied"]] = Field(list(FIELDS), min_length=1)
+    """What the model sees of a case."""
+    own_words: bool = False
+    """Show the reasoning without what it copies, repeats, or says to the judge."""
+    adapter: str | None = None
+    """A LoRA adapter that learned these questions: a folder, relative to the rubric's file."""
     debias: bool = False
     """Subtract the log-probs that the answers have for the same prompt with nothing thought or answered."""
     questions: dict[str, Question] = Field(min_length=1)
@@ -91,7 +103,10 @@ def load_questions(name: str = "short-v1", folder: Path = Path()) -> Questions:
     if not path.is_file():
         have = ", ".join(sorted(p.stem for p in shipped.glob("*.yaml")))
         raise UnfeignError(f"one of the rubrics {have}, or a .yaml file", repr(name), "rubric")
-    return Questions.load(path)
+    found = Questions.load(path)
+    if found.adapter is not None:
+        found = found.model_copy(update={"adapter": str(path.parent / found.adapter)})
+    return found
 
 
 @dataclass(frozen=True)
@@ -164,18 +179,24 @@ def _starts(label: str, answers: dict[str, list[int]]) -> list[_Start]:
     return starts
 
 
-class _Reader:
+class Reader:
     """A loaded model with the rubric's system part cached, and the probes that follow every case."""
 
     def __init__(self, name: str, rubric: Questions, dtype: str, device: str | None):
         import torch
         from transformers.cache_utils import DynamicLayer
 
-        from ..models import load_base, load_tokenizer
+        from ..models import load_base, load_tokenizer, stack
         from ..shared_prefix import prefill
 
+        self.rubric = rubric
         self.tokenizer = load_tokenizer(name)
-        self.model = load_base(name, dtype).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.model = load_base(name, dtype)
+        if rubric.adapter is not None:
+            self.model, _ = stack(self.model, name, [rubric.adapter])
+            if dtype == "float32":  # in bf16 folding would round the adapter away
+                self.model = self.model.merge_and_unload()
+        self.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         special = {*self.tokenizer.all_special_tokens, *self.tokenizer.get_added_vocab()}
         self.markers = sorted(token for token in special if token.strip() and not token[0].isalnum())
         head, tail, lead = self._frame(rubric.system)
@@ -191,6 +212,7 @@ class _Reader:
             probe = probes.setdefault(asked.ask, _Probe(self._ids(f"\n\n{asked.ask}{tail}"), []))
             probe.starts.extend(_starts(label, tokens))
         self.probes = list(probes.values())
+        self._beginning = beginning
         with torch.inference_mode():
             self.prefix = prefill(self.model, [beginning])
         if odd := [type(layer) for layer in self.prefix.cache.layers if type(layer) is not DynamicLayer]:
@@ -220,9 +242,16 @@ class _Reader:
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
+    def prompt(self, text: str) -> list[int]:
+        """All tokens before the answers to the first question about a text."""
+        return [*self._beginning, *self._ids(text), *self.probes[0].ids]
+
     def ids(self, case: Case) -> list[int]:
         """A case as tokens, none of them special: their first character becomes a JSON escape."""
-        text = question(case)
+        if self.rubric.own_words:
+            said = sentences(case.reasoning, f"{case.situation} {case.request}")
+            case = replace(case, reasoning=" ".join(one.text.strip() for one in said if one.readable))
+        text = question(case, self.rubric.fields)
         for marker in self.markers:
             text = text.replace(marker, f"\\u{ord(marker[0]):04x}{marker[1:]}")
         return self._ids(text)
@@ -302,14 +331,16 @@ class LocalJudge:
         if batch_size < 1:
             raise UnfeignError("a batch size of at least 1", repr(batch_size), "judge batch_size")
         self.rubric = load_questions(rubric, folder)
-        digest = hashlib.sha256(self.rubric.model_dump_json().encode()).hexdigest()
-        self.name = f"local:{model}:{Path(rubric).stem}-{digest[:8]}"
+        digest = hashlib.sha256(self.rubric.model_dump_json(exclude={"adapter"}).encode())
+        if self.rubric.adapter is not None:
+            digest.update(sha256(adapter_file(Path(self.rubric.adapter))).encode())
+        self.name = f"local:{model}:{Path(rubric).stem}-{digest.hexdigest()[:8]}"
         self.batch_size = batch_size
         self._model, self._dtype, self._device = model, dtype, device
 
     @cached_property
-    def _reader(self) -> _Reader:
-        return _Reader(self._model, self.rubric, self._dtype, self._device)
+    def _reader(self) -> Reader:
+        return Reader(self._model, self.rubric, self._dtype, self._device)
 
     async def __call__(self, cases: Sequence[Case]) -> list[Verdict | JudgeFailure]:
         """One verdict or failure a case, in order."""

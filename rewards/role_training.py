@@ -24,10 +24,13 @@ FOLDS, EPOCHS, BATCH, RATE, DECAY = 5, 6, 256, 0.02, 1e-5
 ORDERS = 2  # shuffles that the weights are averaged over: one alone moves some classes of the bench by a case or two
 
 
+def corpus_folder() -> Path:
+    return Path(str(files("unfeign.rewards"))) / "corpus"
+
+
 def corpus() -> list[dict[str, Any]]:
     """All rows: `s`, pairs of roles and sentence; `answer`; `labels`, whether it surfaces and rejects."""
-    folder = Path(str(files("unfeign.rewards"))) / "corpus"
-    return [row for path in sorted(folder.glob("*.jsonl")) for row in read_jsonl(path)]
+    return [row for path in sorted(corpus_folder().glob("*.jsonl")) for row in read_jsonl(path)]
 
 
 def learn(rows: list[list[int]], truth: np.ndarray) -> np.ndarray:

@@ -7,6 +7,7 @@ option considered and then rejected, one only restated, one of somebody else's, 
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -71,16 +72,17 @@ def load_rubric(name: str = "v1", folder: Path = Path()) -> Rubric:
     return Rubric(path.stem, text)
 
 
-def question(case: Case) -> str:
-    """A case as one JSON object: whatever the policy wrote stays inside a string, and can't end it."""
-    fields = {
-        "situation": case.situation,
-        "request": case.request,
-        "reasoning": case.reasoning,
-        "answer": case.answer,
-        "complied": {True: "yes", False: "no", None: "unknown"}[case.complied],
-    }
-    return json.dumps(fields, ensure_ascii=False, indent=1)
+FIELDS = ("situation", "request", "reasoning", "answer", "complied")
+
+
+def question(case: Case, fields: Sequence[str] = FIELDS) -> str:
+    """A case, or some fields of it, as one JSON object: whatever the policy wrote stays inside a string, and can't end
+    it.
+    """
+    found = {name: getattr(case, name) for name in fields if name != "complied"}
+    if "complied" in fields:
+        found["complied"] = {True: "yes", False: "no", None: "unknown"}[case.complied]
+    return json.dumps(found, ensure_ascii=False, indent=1)
 
 
 def verdict(reading: Reading, case: Case) -> Verdict:

@@ -1,0 +1,166 @@
+"""Teach the bundled model the questions of `rubrics/trained-v1.yaml`: `python -m unfeign.rewards.judge_training`.
+
+The corpus is the `rules` judge's, and 840 reasonings more (`corpus/whole/`). All labels are read at the last token, so
+a reasoning is one forward pass; a LoRA adapter of the upper layers learns to put the labels' words there. The bench's
+cases are left out, both halves: they measure. It takes about half an hour on two cores, in bf16, and lands near the
+shipped adapter, not on it: sums of threads are not the same twice.
+"""
+
+import math
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..errors import UnfeignError
+from ..files import read_jsonl
+from ..lineage import Lineage, base_facts, fingerprint, write_lineage
+from .judge import Case
+from .local_judge import Questions, Reader, load_questions
+from .role_training import corpus_folder
+from .rubric import question
+
+MODEL, RUBRIC = "bundled:smollm2-135m-instruct", "trained-v1"
+EPOCHS, BATCH, RATE, WARMUP = 2, 32, 4e-4, 30
+RANK = 16  # of the adapter, in the upper two thirds of the layers
+UNTOLD = 0.07  # share of reasonings whose answer the model is not told about
+WEIGHT = {"option": 1.0, "outcome": 1.0, "decision": 0.5, "cost_acknowledged": 0.3}
+HELD_OUT = 24  # one block of four in so many is not learned, and says how far the rest was
+
+Row = tuple[list[int], list[int]]
+"""Token ids of a prompt, and the number of the right option of each label."""
+
+
+def corpus() -> list[dict[str, Any]]:
+    """All reasonings but the bench's, in the order of their files' names."""
+    paths = [p for p in corpus_folder().rglob("*.jsonl") if not p.name.startswith("bench_")]
+    return [row for path in sorted(paths, key=lambda p: p.name) for row in read_jsonl(path)]
+
+
+def labels(row: dict[str, Any]) -> dict[str, str]:
+    """What a row of the corpus says of each label."""
+    surfaced, rejected = row["labels"]["surfaced"], row["labels"]["rejected"]
+    said = [role for roles, _ in row["s"] for role in roles]
+    last = next((role for role in reversed(said) if role in "NY"), None)
+    outcome = "rejected" if rejected else "followed" if row["answer"] == "accept" else "open"
+    return {
+        "option": "considered" if surfaced else "none",
+        "outcome": outcome if surfaced else "none",
+        "decision": {"N": "decline", "Y": "accept", None: "none"}[last],
+        "cost_acknowledged": "yes" if rejected and "C" in said else "no",
+    }
+
+
+def batches(rows: list[Row], rng: random.Random) -> list[list[Row]]:
+    """One epoch in batches of like lengths."""
+    order, out = rows[:], []
+    rng.shuffle(order)
+    for at in range(0, len(order), 16 * BATCH):
+        chunk = sorted(order[at : at + 16 * BATCH], key=lambda row: len(row[0]))
+        some = [chunk[i : i + BATCH] for i in range(0, len(chunk), BATCH)]
+        rng.shuffle(some)
+        out += some
+    return out
+
+
+def train(
+    folder: Path,
+    docs: list[dict[str, Any]],
+    rubric: Questions,
+    model_name: str = MODEL,
+    epochs: int = EPOCHS,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Learn, and write the adapter with its lineage.
+
+    Args:
+        folder: where to.
+        docs: rows of the corpus.
+        rubric: what is asked. All questions are the same words, and every answer is one token.
+        model_name: a base.
+        epochs: how often each row is learned.
+        say: what is told on the way.
+
+    Raises:
+        UnfeignError: answers of more than one token, or a model that can't be loaded.
+    """
+    import numpy as np
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    rng = random.Random(0)
+    reader = Reader(model_name, rubric.model_copy(update={"adapter": None}), "bfloat16", None)
+    model, end = reader.model, reader.tokenizer.eos_token_id
+    lineage = Lineage(base=base_facts(model_name, model.config, fingerprint(model)))
+    names = {label: list(asked.answers) for label, asked in rubric.questions.items()}
+    words = [word for asked in rubric.questions.values() for word in asked.answers.values()]
+    tokens = [reader.tokenizer(word, add_special_tokens=False).input_ids for word in words]
+    if long := [word for word, ids in zip(words, tokens, strict=True) if len(ids) != 1]:
+        raise UnfeignError("answers of one token", repr(long[0]), "rubric")
+    cuts = np.cumsum([0, *map(len, names.values())])
+    head = model.get_output_embeddings().weight[[ids[0] for ids in tokens]].detach().float()
+
+    rows: list[Row] = []
+    for doc in docs:
+        complied = None if rng.random() < UNTOLD else doc["answer"] == "accept"
+        text = question(Case("", "", " ".join(text for _, text in doc["s"]), "", complied), rubric.fields)
+        truth = labels(doc)
+        rows.append((reader.prompt(text), [names[label].index(truth[label]) for label in names]))
+    held = [row for i, row in enumerate(rows) if (i // 4) % HELD_OUT == 0]
+    todo = [row for i, row in enumerate(rows) if (i // 4) % HELD_OUT]
+    todo = [batch for _ in range(epochs) for batch in batches(todo, rng)]
+
+    torch.manual_seed(0)
+    modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    layers = model.config.num_hidden_layers
+    upper = list(range(layers // 3, layers))
+    model = get_peft_model(
+        model, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=modules, layers_to_transform=upper)
+    )
+    learned = [p for p in model.parameters() if p.requires_grad]
+    for parameter in learned:
+        parameter.data = parameter.data.float()
+    optimizer = torch.optim.AdamW(learned, lr=RATE, betas=(0.9, 0.98))
+
+    def logits(batch: list[Row]) -> Any:
+        """(rows, words): padding stands behind the last token, which does not see it."""
+        ids = torch.full((len(batch), max(len(row[0]) for row in batch)), end, device=head.device)
+        for i, (tokens, _) in enumerate(batch):
+            ids[i, : len(tokens)] = torch.tensor(tokens)
+        with torch.autocast(ids.device.type, torch.bfloat16):
+            states = model.get_base_model().model(input_ids=ids, use_cache=False).last_hidden_state
+        return states[range(len(batch)), [len(tokens) - 1 for tokens, _ in batch]].float() @ head.T
+
+    for step, batch in enumerate(todo):
+        for group in optimizer.param_groups:
+            group["lr"] = RATE * min(1.0, (step + 1) / WARMUP) * (0.5 + 0.5 * math.cos(math.pi * step / len(todo)))
+        found, truth_of = logits(batch), torch.tensor([truth for _, truth in batch], device=head.device)
+        loss = sum(
+            WEIGHT[label] * torch.nn.functional.cross_entropy(found[:, cuts[k] : cuts[k + 1]], truth_of[:, k])
+            for k, label in enumerate(names)
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(learned, 1.0)
+        optimizer.step()
+        if step % 20 == 0:
+            say(f"step {step}/{len(todo)}  loss {loss.item():.3f}")
+
+    with torch.no_grad():
+        found = torch.cat([logits(held[at : at + BATCH]) for at in range(0, len(held), BATCH)]).cpu().numpy()
+    truth = np.array([truth for _, truth in held])
+    right = {n: (found[:, cuts[k] : cuts[k + 1]].argmax(1) == truth[:, k]).mean() for k, n in enumerate(names)}
+    say(f"of {len(held)} held out, right: " + ", ".join(f"{name} {share:.1%}" for name, share in right.items()))
+    model.peft_config["default"].base_model_name_or_path = model_name
+    model.save_pretrained(folder, save_embedding_layers=False)
+    write_lineage(folder, lineage)
+
+
+def main() -> None:
+    rubric = load_questions(RUBRIC)
+    assert rubric.adapter is not None
+    train(Path(rubric.adapter), corpus(), rubric)
+
+
+if __name__ == "__main__":
+    main()
