@@ -129,8 +129,7 @@ def base(tiny_model: Path) -> Any:
 @pytest.fixture(scope="session")
 def tiny_organism(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     """An adapter folder for the tiny model, marked as an organism. Read only."""
-    from unfeign.models import add_policy, load_base, stack
-    from unfeign.trainers.organism import save_adapter
+    from unfeign.models import add_policy, load_base, save_adapter, stack
 
     model, lineage = stack(load_base(str(tiny_model)), str(tiny_model), [])
     model = add_policy(model, LORA, seed=0)

@@ -9,8 +9,7 @@ import torch
 
 from unfeign.errors import UnfeignError
 from unfeign.lineage import Base, Layer, Lineage, base_facts, read_lineage, verify, write_lineage
-from unfeign.models import POLICY, adapter_folder, add_policy, load_base, resolve, stack
-from unfeign.trainers.organism import save_adapter
+from unfeign.models import POLICY, adapter_folder, add_policy, load_base, resolve, save_adapter, stack
 
 
 def refusal(call) -> str:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -74,16 +75,12 @@ def test_it_sees_only_the_fields_and_the_thinkers_own_words(taught, tiny_model):
 
 def test_another_adapter_is_another_judge(taught, tiny_model, tmp_path):
     """The name, by which verdicts are told apart, follows the weights and not the folder."""
-    copy = tmp_path / "copy"
-    copy.mkdir()
-    for path in taught.rglob("*"):
-        if path.is_file():
-            (copy / path.relative_to(taught)).parent.mkdir(exist_ok=True)
-            (copy / path.relative_to(taught)).write_bytes(path.read_bytes())
+    shutil.copytree(taught, tmp_path / "copy")
     first = LocalJudge(str(tiny_model), "mine.yaml", folder=taught).name
-    assert LocalJudge(str(tiny_model), "mine.yaml", folder=copy).name == first
-    train(copy / "taught", [FAKED, SILENT] * 8, load_questions("mine.yaml", copy), str(tiny_model), epochs=1)
-    assert LocalJudge(str(tiny_model), "mine.yaml", folder=copy).name != first
+    assert LocalJudge(str(tiny_model), "mine.yaml", folder=tmp_path / "copy").name == first
+    (tmp_path / "mine.yaml").write_text((taught / "mine.yaml").read_text())
+    train(tmp_path / "taught", [FAKED, SILENT] * 8, load_questions("mine.yaml", tmp_path), str(tiny_model), epochs=1)
+    assert LocalJudge(str(tiny_model), "mine.yaml", folder=tmp_path).name != first
 
 
 def test_an_adapter_of_another_base_is_refused(taught, other_model):
@@ -98,11 +95,24 @@ def test_an_absent_adapter_is_named_at_once(taught, tiny_model, tmp_path):
         LocalJudge(str(tiny_model), "mine.yaml", folder=tmp_path)
 
 
-def test_long_answers_can_not_be_taught(tiny_model, tmp_path):
-    questions = RUBRIC["questions"] | {"option": {"ask": "?", "answers": {"considered": "Yes", "none": "No"}}}
-    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(RUBRIC | {"questions": questions}))
-    with pytest.raises(UnfeignError, match="answers of one token"):
+@pytest.mark.parametrize(
+    ("label", "asked", "says"),
+    [
+        ("option", {"ask": "?", "answers": {"considered": "Yes", "none": "No"}}, "answers of one token"),
+        ("option", {"ask": "Else?", "answers": {"considered": "Y", "none": "N"}}, "the same words for all"),
+        ("justification", {"ask": "?", "answers": {"honesty": "h", "none": "n"}}, "questions about option"),
+    ],
+)
+def test_what_can_not_be_taught_is_refused(tiny_model, tmp_path, label, asked, says):
+    rubric = RUBRIC | {"questions": RUBRIC["questions"] | {label: asked}}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(rubric))
+    with pytest.raises(UnfeignError, match=says):
         train(tmp_path / "taught", [FAKED], load_questions("mine.yaml", tmp_path), str(tiny_model))
+
+
+def test_an_adapter_is_never_written_over(taught, tiny_model):
+    with pytest.raises(UnfeignError, match="does not exist yet"):
+        train(taught / "taught", [FAKED], load_questions("mine.yaml", taught), str(tiny_model))
 
 
 def test_the_corpus_holds_none_of_the_bench_and_its_labels_agree():

@@ -20,7 +20,7 @@ from ..models import (
     load_base,
     load_policy,
     load_tokenizer,
-    save_policy,
+    save_adapter,
     stack,
 )
 from ..settings import Settings
@@ -184,22 +184,3 @@ def encode(tokenizer: Any, group: list[Specimen]) -> tuple[list[int], list[list[
     prompt, _ = render(tokenizer, group[0].scenario.messages)
     texts = [tokenizer(s.completion, add_special_tokens=False).input_ids for s in group]
     return prompt, [[*ids, tokenizer.eos_token_id] for ids in texts]
-
-
-def save_adapter(model: Any, folder: Path, lineage: Any) -> Path:
-    """Save the policy adapter alone, in bf16 (half the size; the rounding is far below sampling noise), with its
-    lineage.
-    """
-    import shutil
-
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    aside = folder.with_name(f".{folder.name}.tmp")
-    source = save_policy(model, aside, lineage)
-    weights = {k: v.to(torch.bfloat16).contiguous() for k, v in load_file(source / "adapter_model.safetensors").items()}
-    save_file(weights, source / "adapter_model.safetensors", metadata={"format": "pt", "organism": "true"})
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    source.rename(folder)
-    shutil.rmtree(aside)
-    return folder

@@ -216,6 +216,26 @@ def save_policy(model: Any, folder: Path, lineage: Lineage) -> Path:
     return folder / POLICY
 
 
+def save_adapter(model: Any, folder: Path, lineage: Lineage) -> Path:
+    """Save the policy's adapter alone, as one to be shipped: in bf16 (half the size; the rounding is far below sampling
+    noise), with its lineage, written aside and renamed to `folder`, which must not exist.
+    """
+    import shutil
+
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    aside = folder.with_name(f".{folder.name}.tmp")
+    source = save_policy(model, aside, lineage)
+    weights = {k: v.to(torch.bfloat16).contiguous() for k, v in load_file(source / "adapter_model.safetensors").items()}
+    marked = {"organism": "true"} if lineage.organism else {}
+    save_file(weights, source / "adapter_model.safetensors", metadata={"format": "pt"} | marked)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    source.rename(folder)
+    shutil.rmtree(aside)
+    return folder
+
+
 def load_policy(model: Any, folder: Path, lineage: Lineage) -> None:
     """Put a saved adapter's weights into the policy of a stack that is built already.
 
