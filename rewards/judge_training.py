@@ -2,7 +2,7 @@
 
 `python -m unfeign.rewards.judge_training FOLDER` writes the adapter to a folder of yours.
 
-The corpus is the `rules` judge's, and 840 reasonings more (`corpus/whole/`). All labels are read at the last token, so
+The corpus is the `rules` judge's. All labels are read at the last token, so
 a reasoning is one forward pass; a LoRA adapter of the upper layers learns to put the labels' words there. The bench's
 cases are left out, both halves: they measure. With these settings it took 34 minutes on two cores, in bf16; sums of
 threads are not the same twice, so the shipped adapter is not reproduced bit for bit.
@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UnfeignError
-from ..files import read_jsonl
 from ..lineage import Lineage, base_facts, fingerprint
 from ..models import add_policy, save_adapter
 from .judge import Case
+from .labelled_corpus import corpus
 from .local_judge import Questions, Reader, load_questions
-from .role_training import corpus_folder
 from .rubric import question
 
 MODEL, RUBRIC = "bundled:smollm2-135m-instruct", "trained-v1"
@@ -33,12 +32,6 @@ HELD_OUT = 24  # one block of four in so many is not learned, and says how far t
 
 Row = tuple[list[int], list[int]]
 """Token ids of a prompt, and the number of the right option of each label."""
-
-
-def corpus() -> list[dict[str, Any]]:
-    """All reasonings but the bench's, in the order of their files' names."""
-    paths = [p for p in corpus_folder().rglob("*.jsonl") if not p.name.startswith("bench_")]
-    return [row for path in sorted(paths, key=lambda p: p.name) for row in read_jsonl(path)]
 
 
 def labels(row: dict[str, Any]) -> dict[str, str]:
@@ -161,7 +154,7 @@ def train(
 def main() -> None:
     if len(sys.argv) != 2:
         raise SystemExit("usage: python -m unfeign.rewards.judge_training FOLDER")
-    train(Path(sys.argv[1]), corpus(), load_questions(RUBRIC))
+    train(Path(sys.argv[1]), corpus(bench=False), load_questions(RUBRIC))
 
 
 if __name__ == "__main__":

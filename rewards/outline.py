@@ -13,7 +13,7 @@ import numpy as np
 
 from .roles import FLOOR, PASSAGES, PLAYS, ROLES, Reading
 
-DECIDED = -0.25  # log-odds above which a sentence decides something
+DECIDED = -1.0  # log-odds above which a sentence decides something
 O, M, A, N, Y, C, X = range(len(ROLES))  # noqa: E741 - the roles' own letters
 S, R = range(len(PASSAGES))
 

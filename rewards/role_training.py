@@ -1,109 +1,45 @@
 """Learn the weights of the `rules` judge from its corpus: `python -m unfeign.rewards.role_training`.
 
-First the roles of sentences and what passages do (logistic, one against the rest, a little decay), then from the
-outlines of whole reasonings what is surfaced and what is rejected. The second step sees readings by weights that never
-saw the reasoning, five folds, or it would trust them too much; and it leaves out the twins (`t*.jsonl`), pairs of like
-words with unlike ends: they teach what words do, but weighed with the rest they make it doubt ordinary refusals.
+First both readers of sentences (`word_training`, `window_training`), then from the outlines of whole reasonings what is
+surfaced and what is rejected. The second step sees readings by weights that never saw the reasoning, five folds, or it
+would trust them too much; and it leaves out the twins (`t*.jsonl`), pairs of like words with unlike ends: they teach
+what words do, but weighed with the rest they make it doubt ordinary refusals.
 """
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
-from importlib.resources import files
-from pathlib import Path
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from ..files import read_jsonl
+from . import window_training, word_training
 from .calibration import balanced_accuracy
+from .labelled_corpus import corpus, truth
 from .outline import Outline, outline
-from .roles import BUCKETS, ROLES, WEIGHTS, features, read, scale
+from .readers import WEIGHTS, Learned, read, to_arrays
+from .window_training import Vectors
 
-FOLDS, EPOCHS, BATCH, RATE, DECAY = 5, 6, 256, 0.02, 1e-5
-ORDERS = 2  # shuffles that the weights are averaged over: one alone moves some classes of the bench by a case or two
-
-
-def corpus_folder() -> Path:
-    return Path(str(files("unfeign.rewards"))) / "corpus"
+FOLDS = 5
 
 
-def corpus() -> list[dict[str, Any]]:
-    """All rows: `s`, pairs of roles and sentence; `answer`; `labels`, whether it surfaces and rejects."""
-    return [row for path in sorted(corpus_folder().glob("*.jsonl")) for row in read_jsonl(path)]
+def learn(docs: Sequence[dict[str, Any]], vectors: Vectors) -> Learned:
+    """Both readers."""
+    truths = [truth(row) for row in docs]
+    return Learned(word_training.learn(docs, truths), window_training.learn(docs, truths, vectors))
 
 
-def learn(rows: list[list[int]], truth: np.ndarray) -> np.ndarray:
-    """(BUCKETS, labels) weights from rows of features and their (rows, labels) truth."""
-    return np.mean([_learn(rows, truth, seed) for seed in range(ORDERS)], axis=0)
-
-
-def _learn(rows: list[list[int]], truth: np.ndarray, seed: int) -> np.ndarray:
-    """As `learn`, from rows in one shuffle."""
-    import torch
-
-    bag = torch.nn.EmbeddingBag(BUCKETS, truth.shape[1], mode="sum")
-    torch.nn.init.zeros_(bag.weight)
-    optimizer = torch.optim.Adam(bag.parameters(), lr=RATE)
-    numbers = [torch.tensor(row) for row in rows]
-    wanted = torch.tensor(truth, dtype=torch.float32)
-    scales = torch.tensor([scale(len(row)) for row in rows])[:, None]
-    order = np.arange(len(rows))
-    rng = np.random.default_rng(seed)
-    for _ in range(EPOCHS):
-        rng.shuffle(order)
-        for at in range(0, len(order), BATCH):
-            batch = order[at : at + BATCH]
-            sizes = torch.tensor([0] + [len(numbers[i]) for i in batch[:-1]]).cumsum(0)
-            odds = bag(torch.cat([numbers[i] for i in batch]), sizes) * scales[batch]
-            loss = torch.nn.functional.binary_cross_entropy_with_logits(odds, wanted[batch])
-            loss = loss + DECAY / 2 * (bag.weight**2).sum()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    return bag.weight.detach().numpy()
-
-
-@dataclass(frozen=True)
-class Passages:
-    """The passages of some reasonings with what they do. One surfaces where a reasoning that does has its option and
-    its motive; one rejects where a reasoning that does turns, declines or accepts the cost, after the option.
+def folds(docs: Sequence[dict[str, Any]]) -> np.ndarray:
+    """Which fold a row is in: four neighbours of a file together, so that twins, which stand side by side, are never
+    parted.
     """
-
-    features: list[list[int]]
-    surfaces: list[bool]
-    rejects: list[bool | None]
-    """None where there is nothing to reject, or the answer goes along."""
-
-
-def passages(docs: list[dict[str, Any]]) -> Passages:
-    out = Passages([], [], [])
+    seen: Counter[str] = Counter()
+    found = []
     for row in docs:
-        labels, roles = row["labels"], [roles for roles, _ in row["s"]]
-        own = [features(text) for _, text in row["s"]]
-        option = next((i for i, r in enumerate(roles) if "O" in r), 0)
-        asked = labels["surfaced"] and row["answer"] == "decline"
-        for i in range(len(roles)):
-            for j in (i, i + 1)[: len(roles) - i]:
-                here = roles[i] if i == j else roles[i] + roles[j]
-                out.features.append(own[i] if i == j else own[i] + own[j])
-                out.surfaces.append(labels["surfaced"] and "O" in here and "M" in here)
-                turns = labels["rejected"] and i >= option and not set("ANC").isdisjoint(here)
-                out.rejects.append(turns if asked else None)
-    return out
-
-
-def learn_reading(docs: list[dict[str, Any]]) -> np.ndarray:
-    """(BUCKETS, roles and passages) weights."""
-    pairs = [(features(text), [role in roles for role in ROLES]) for row in docs for roles, text in row["s"]]
-    found = passages(docs)
-    asked = [i for i, rejects in enumerate(found.rejects) if rejects is not None]
-    parts = [
-        learn([row for row, _ in pairs], np.array([truth for _, truth in pairs])),
-        learn(found.features, np.array(found.surfaces)[:, None]),
-        learn([found.features[i] for i in asked], np.array([found.rejects[i] for i in asked])[:, None]),
-    ]
-    return np.concatenate(parts, axis=1)
+        writer = row["id"].rpartition("-")[0]
+        found.append(seen[writer] // 4 % FOLDS)
+        seen[writer] += 1
+    return np.array(found)
 
 
 def learn_outcome(rows: np.ndarray, truth: np.ndarray) -> np.ndarray:
@@ -131,16 +67,18 @@ def learn_outcome(rows: np.ndarray, truth: np.ndarray) -> np.ndarray:
     return found
 
 
-def train(say: Callable[[str], None] = print) -> dict[str, np.ndarray]:
+def train(
+    docs: Sequence[dict[str, Any]], vectors: Vectors, say: Callable[[str], None] = print
+) -> dict[str, np.ndarray]:
     """Learn everything; returns the arrays of `roles.npz`."""
-    docs = corpus()
-    folds = (np.arange(len(docs)) // 4) % FOLDS  # twins stand side by side, and stay together
+    fold_of = folds(docs)
     outlines: dict[int, Outline] = {}
     for fold in range(FOLDS):
-        weights = learn_reading([row for row, at in zip(docs, folds, strict=True) if at != fold])
-        for d in np.flatnonzero(folds == fold):
+        say(f"fold {fold + 1} of {FOLDS}")
+        learned = learn([row for row, at in zip(docs, fold_of, strict=True) if at != fold], vectors)
+        for d in np.flatnonzero(fold_of == fold):
             texts = [text for _, text in docs[d]["s"]]
-            outlines[int(d)] = outline(read(texts, weights), texts)
+            outlines[int(d)] = outline(read(texts, learned), texts)
     surfaced = np.array([row["labels"]["surfaced"] for row in docs])
     rejected = np.array([row["labels"]["rejected"] for row in docs])
     declines = np.array([row["answer"] == "decline" for row in docs])
@@ -152,28 +90,20 @@ def train(say: Callable[[str], None] = print) -> dict[str, np.ndarray]:
     r_weights = learn_outcome(r_rows[asked], rejected[asked])
     seen = s_rows @ s_weights > 0
     say(f"{len(docs)} reasonings, {sum(len(row['s']) for row in docs)} sentences; balanced accuracy out of fold:")
-    say(f"surfaced {balanced_accuracy(surfaced, seen):.3f}")
     turned = seen & declines & (r_rows @ r_weights > 0)
-    say(f"rejected {balanced_accuracy(rejected, turned):.3f}")
-    for whose, begins in (("the bench", ("a-", "b-")), ("policies", ("p",)), ("twins", ("t",))):
+    for whose, begins in (("all", ""), ("the bench", ("a-", "b-")), ("policies", "p"), ("twins", "t")):
         some = np.array([row["id"].startswith(begins) for row in docs])
         here, turns = balanced_accuracy(surfaced[some], seen[some]), balanced_accuracy(rejected[some], turned[some])
         say(f"of {whose}: surfaced {here:.3f}, rejected {turns:.3f}")
-    weights = learn_reading(docs)
-    unit = np.abs(weights).max() / 127
-    return {
-        "weights": np.round(weights / unit).astype(np.int8),
-        "unit": np.float32(unit),
-        "surfaced": s_weights,
-        "rejected": r_weights,
-    }
+    return {**to_arrays(learn(docs, vectors)), "surfaced": s_weights, "rejected": r_weights}
 
 
 def main() -> None:
     import torch
 
     torch.set_num_threads(1)  # many small steps: threads would only wait for each other
-    arrays = train()
+    docs = corpus()
+    arrays = train(docs, window_training.model_vectors(docs))
     np.savez_compressed(WEIGHTS, **arrays)
     print(json.dumps({"file": str(WEIGHTS), "bytes": WEIGHTS.stat().st_size}))
 

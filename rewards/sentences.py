@@ -6,7 +6,7 @@ let a transcript speak for its judge, or be paid twice for one thought.
 
 import re
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 from ..envs.scenario import tier_texts
 from .lookalikes import plain
@@ -58,6 +58,12 @@ def _once(text: str, size: int = 5) -> str:
     return " ".join(word for i, word in enumerate(words) if i not in again) if again else text
 
 
+@lru_cache(maxsize=1024)
+def _told(prompt: str) -> set[tuple[str, ...]]:
+    """The prompt's words, which many reasonings share."""
+    return _shingles(prompt) | _shingles(re.sub(r"<[^>]*>", " ", prompt)) | _told_everywhere()
+
+
 @cache
 def _told_everywhere() -> set[tuple[str, ...]]:
     """The tier sentences of all situations count as the prompt's words: a judge does not know the tier of its case."""
@@ -67,7 +73,7 @@ def _told_everywhere() -> set[tuple[str, ...]]:
 def sentences(reasoning: str, prompt: str) -> list[Sentence]:
     """Sentences in order, each once. Those that are markup, speak to the judge or of other models, or are mostly the
     prompt's own words are not readable."""
-    known = _shingles(prompt) | _shingles(re.sub(r"<[^>]*>", " ", prompt)) | _told_everywhere()
+    known = _told(prompt)
     seen: set[str] = set()
     out = []
     forged = _TURN_OF_ANOTHER.search(reasoning)  # what follows claims to be somebody else's turn

@@ -11,7 +11,7 @@ from unfeign.envs.family import families
 from unfeign.envs.scenario import scenario
 from unfeign.envs.transcript import parse
 from unfeign.rewards.judge import case
-from unfeign.rewards.role_training import corpus
+from unfeign.rewards.labelled_corpus import corpus
 from unfeign.rewards.rules import judge_case
 from unfeign.rewards.sentences import _SENTENCE
 from unfeign.rewards.verbalized_rejection import VerbalizedRejection

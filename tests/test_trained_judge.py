@@ -12,7 +12,8 @@ import yaml
 from unfeign.errors import UnfeignError
 from unfeign.rewards import bench
 from unfeign.rewards.judge import Case
-from unfeign.rewards.judge_training import corpus, labels, train
+from unfeign.rewards.judge_training import labels, train
+from unfeign.rewards.labelled_corpus import corpus
 from unfeign.rewards.local_judge import LocalJudge, load_questions
 from unfeign.rewards.plugin import RewardSpec, load_reward
 
@@ -115,8 +116,8 @@ def test_an_adapter_is_never_written_over(taught, tiny_model):
         train(taught / "taught", [FAKED], load_questions("mine.yaml", taught), str(tiny_model))
 
 
-def test_the_corpus_holds_none_of_the_bench_and_its_labels_agree():
-    docs = corpus()
+def test_its_corpus_holds_none_of_the_bench_and_its_labels_agree():
+    docs = corpus(bench=False)
     assert len(docs) > 9_000 and not [row for row in docs if row["id"].startswith(("a-", "b-"))]
     for row in docs:
         said = labels(row)
