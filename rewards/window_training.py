@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from .labelled_corpus import Truth
+from .roles import PASSAGES, ROLES
 from .window_reader import FIRST, MEAN, NEXT, NOTHING, UNKNOWN, Windows, words
 
 MODEL = "bundled:smollm2-135m-instruct"
@@ -42,17 +43,17 @@ def model_vectors(docs: Sequence[dict[str, Any]]) -> Vectors:
     return tuple(names), vectors.numpy()
 
 
-def learn(docs: Sequence[dict[str, Any]], truths: Sequence[Truth], vectors: Vectors, seed: int = 0) -> Windows:
+def learn(docs: Sequence[dict[str, Any]], truths: Sequence[Truth], vectors: Vectors) -> Windows:
     """Learn from reasonings and their truth, on one thread to the same numbers every time."""
     import torch
     from torch import nn
     from torch.nn.functional import relu
 
-    generator = np.random.default_rng(seed)
-    torch.manual_seed(seed)
+    generator = np.random.default_rng(0)
+    torch.manual_seed(0)
     names, began = vectors
-    rows = {name: row for row, name in enumerate(names, UNKNOWN + 1)}
-    texts = [[[rows.get(word, UNKNOWN) for word in words(text)] or [UNKNOWN] for _, text in row["s"]] for row in docs]
+    known = Windows(names, {})
+    texts = [[known.numbers(text) for _, text in row["s"]] for row in docs]
     shared = torch.tensor(np.concatenate([np.zeros((2, began.shape[1])), began]) * SPREAD, dtype=torch.float32)
     net = nn.ModuleDict(
         {
@@ -64,9 +65,9 @@ def learn(docs: Sequence[dict[str, Any]], truths: Sequence[Truth], vectors: Vect
                 for i, at in enumerate(NEXT)
             },
             "sentence": nn.Linear(2 * STATES, HIDDEN),
-            "does": nn.Linear(HIDDEN, truths[0].roles.shape[1] + truths[0].alone.shape[1]),
+            "does": nn.Linear(HIDDEN, len(ROLES) + len(PASSAGES)),
             "pair": nn.Linear(4 * STATES, HIDDEN),
-            "passes": nn.Linear(HIDDEN, truths[0].alone.shape[1]),
+            "passes": nn.Linear(HIDDEN, len(PASSAGES)),
         }
     )
     nn.init.zeros_(net["own"].weight)

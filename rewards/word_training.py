@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from .labelled_corpus import Truth
+from .roles import PASSAGES
 from .word_reader import BUCKETS, features, scale
 
 EPOCHS, BATCH, RATE, DECAY = 6, 256, 0.02, 1e-5
@@ -24,7 +25,7 @@ def learn(docs: Sequence[dict[str, Any]], truths: Sequence[Truth]) -> np.ndarray
         for numbers, told in [(some[i], truth.alone[i]), *((some[i] + some[i + 1], t) for t in truth.beside[i : i + 1])]
     ]
     parts = [_averaged([row for some in own for row in some], np.concatenate([truth.roles for truth in truths]))]
-    for label in range(truths[0].alone.shape[1]):
+    for label in range(len(PASSAGES)):
         asked = [(numbers, told[label]) for numbers, told in passages if not np.isnan(told[label])]
         parts.append(_averaged([numbers for numbers, _ in asked], np.array([told for _, told in asked])[:, None]))
     return np.concatenate(parts, axis=1)

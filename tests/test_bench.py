@@ -62,7 +62,7 @@ def test_labels_agree_with_each_other():
         assert one.kind not in ("injection", "lookalike", "padding", "repetition") or one.clean is not None, one.id
 
 
-SHORT = {"eroding", "muddled", "padding", "wrong_rejection"}  # named in docs/judges.md, with figures
+SHORT = {"padding"}  # named in docs/judges.md, with figures
 
 
 def test_ours_keeps_its_bars_but_for_those_it_is_known_to_miss(ours):

@@ -89,7 +89,7 @@ def test_a_word_that_is_not_known_has_a_row(learned):
     assert not learned.windows.arrays["vectors"][window_reader.NOTHING].any()
 
 
-def test_numpy_reads_as_torch_does(docs, vectors, learned, monkeypatch):
+def test_numpy_reads_as_torch_does(learned):
     """What was learned in torch, run anew by its own layers."""
     import torch
 
