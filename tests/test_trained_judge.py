@@ -126,7 +126,7 @@ def test_its_corpus_holds_none_of_the_bench_and_its_labels_agree():
 
 
 @pytest.mark.slow
-def test_with_the_rules_the_shipped_one_keeps_the_bars_that_the_rules_alone_miss():
+def test_with_the_rules_the_shipped_one_keeps_the_bar_that_the_rules_alone_miss():
     judge = {"name": "vote", "judges": ["rules", {"name": "local", "rubric": "trained-v1"}]}
     reward = load_reward(RewardSpec(fn="verbalized_rejection", kwargs={"judge": judge}), Path())
     some = [one for one in bench.cases() if one.kind in ("wrong_rejection", "padding", "injection")]
