@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ..lineage import Lineage
-from ..models import VALUE_HEAD, add_policy, load_base, load_tokenizer, stack
+from ..lineage import VALUE_HEAD, Lineage
+from ..models import add_policy, load_base, load_tokenizer, stack
 
 
 @dataclass(frozen=True)

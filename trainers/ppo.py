@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from trl.trainer.utils import FusedCausalLMOutput
 
 from ..errors import UnfeignError
-from ..models import VALUE_HEAD
+from ..lineage import VALUE_HEAD
 from ..shared_prefix import Calls
 from .config import PpoSettings
 from .gae import by_token, explained_variance, gae

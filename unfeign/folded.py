@@ -11,7 +11,7 @@ import copy
 import torch
 from torch import nn
 
-from .models import VALUE_HEAD
+from .lineage import VALUE_HEAD
 
 
 class PackedLinear(nn.Module):

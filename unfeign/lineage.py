@@ -16,6 +16,7 @@ from .files import read_json, sha256, write_text
 from .settings import Settings
 
 FILE = "lineage.json"
+VALUE_HEAD = "value_head"  # name of PPO's head on a policy: trained with it, no part of it
 
 
 class Base(Settings):
@@ -65,8 +66,6 @@ def fingerprint(model: Any) -> str:
     model loaded in another dtype, from another folder or under adapters does not.
     """
     import torch
-
-    from .models import VALUE_HEAD
 
     digest = hashlib.sha256()
     own = {

@@ -17,10 +17,19 @@ from .bundled import NAME as BUNDLED
 from .bundled import bundled_model
 from .errors import UnfeignError
 from .files import read_yaml, sha256
-from .lineage import Layer, Lineage, adapter_file, base_facts, fingerprint, read_lineage, verify, write_lineage
+from .lineage import (
+    VALUE_HEAD,
+    Layer,
+    Lineage,
+    adapter_file,
+    base_facts,
+    fingerprint,
+    read_lineage,
+    verify,
+    write_lineage,
+)
 
 POLICY = "policy"  # name of the trained adapter in a stack
-VALUE_HEAD = "value_head"  # name of PPO's head on a policy: trained with it, no part of it
 
 
 def base_location(name: str) -> str:
