@@ -45,7 +45,7 @@ def learned() -> Learned:
 
 
 def to_arrays(what: Learned) -> dict[str, np.ndarray]:
-    """What `learned` reads; tables in eighths of the room."""
+    """What `learned` reads: tables in bytes, each column of the vectors by its own unit."""
     unit, vectors = np.abs(what.words).max() / 127, what.windows.arrays["vectors"]
     column = np.abs(vectors).max(0) / 127
     return {
