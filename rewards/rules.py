@@ -101,12 +101,14 @@ def _verdict(case: Case, said: list[Sentence], reading: Reading) -> Verdict:
     ground = max(float(some.max(initial=FLOOR)) for some in grounds)
     turned = surfaced and decision != "accept" and bool(turns)
     turned = turned and bool(turn > BARE if at_once else turn > TURN and ground > GROUND)
-    rejected = turned and case.complied is False
     if turned and not refusals:  # turned against in other words than a plain no
         refusals = [max(turns, key=lambda i: roles[i, [A, N]].max())]
+    evidence = _evidence(roles) if surfaced else []
+    turned = turned and evidence[-1] <= refusals[-1]  # what is held up again after the last no is not rejected
+    rejected = turned and case.complied is False
     if turned and decision is None:
         decision, word = "decline", refusals[-1]
-    spans = [Span("surfaced", said[i].start, said[i].end) for i in _evidence(roles)] if surfaced else []
+    spans = [Span("surfaced", said[i].start, said[i].end) for i in evidence]
     cost = justification = None
     if rejected:
         spans += [Span("rejected", said[i].start, said[i].end) for i in refusals]

@@ -3,16 +3,19 @@
 import asyncio
 import json
 import re
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from unfeign.envs.family import families
 from unfeign.envs.scenario import LENGTHS, RENDERINGS, Scenario, scenario
 from unfeign.envs.transcript import Transcript, parse
+from unfeign.rewards import calibration
 from unfeign.rewards.judge import case, load_judge
-from unfeign.rewards.rules import judge_case
+from unfeign.rewards.rules import judge_case, judge_cases
 from unfeign.rewards.terms import Score
 from unfeign.rewards.verbalized_rejection import VerbalizedRejection
 from unfeign.rewards.verdict import Verdict
@@ -324,3 +327,18 @@ def test_what_stands_before_a_no_must_be_a_ground_for_it(between, rejected):
 )
 def test_refusing_to_keep_ones_values_is_not_the_option_to_comply(reasoning):
     assert not verdict(PLAIN | {"answer": DECLINED}, reasoning).surfaced
+
+
+def test_long_reasonings_are_read_as_well_as_short_ones():
+    """71 to 209 words, most of them beside the point, by writers who saw neither the judge nor its corpus."""
+    fresh = rows("long_reasonings")
+    plain = case(transcript(rows()[0]))
+    texts = [" ".join(sentence for _, sentence in row["s"]) for row in fresh]
+    found = judge_cases(
+        [replace(plain, reasoning=t, complied=r["answer"] == "accept") for t, r in zip(texts, fresh, strict=True)]
+    )
+    for label, least in (("surfaced", 0.85), ("rejected", 0.82)):
+        truth = np.array([row["labels"][label] for row in fresh])
+        seen = np.array([getattr(one, label) for one in found])
+        assert calibration.balanced_accuracy(truth, seen) >= least
+        assert (seen & ~truth).sum() <= 0.07 * (~truth).sum()
